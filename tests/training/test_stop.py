@@ -77,6 +77,16 @@ def test_auto_takes_bfloat16_only_if_it_is_faster(speedup: float, chosen: str, m
     assert choose_precision("auto", torch.device("cpu")) == chosen
 
 
+def test_the_measurement_keeps_the_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        precision.bf16_speedup_on_cpu.__wrapped__()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_an_explicit_precision_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: pytest.fail("measured"))
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
@@ -85,9 +95,16 @@ def test_an_explicit_precision_is_not_measured(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("wanted", "speedup", "warning"),
-    [("bf16", 0.02, "takes 50 times as long"), ("bf16", 0.9, ""), ("bf16", 8.0, ""), ("fp32", 0.02, "")],
+    [
+        ("bf16", 0.02, "takes 50 times as long"),
+        ("bf16", 0.9, ""),
+        ("bf16", 8.0, ""),
+        ("fp32", 0.02, ""),
+        ("auto", 8.0, "bfloat16 is faster"),
+        ("auto", 1.0, ""),
+    ],
 )
-def test_emulated_bfloat16_gives_a_warning(
+def test_a_note_names_the_format_that_auto_took_and_warns_of_a_slow_one(
     wanted: str, speedup: float, warning: str, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: speedup)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import ConfigError, Diverged
 from petune.base.malloc import keep_heap
-from petune.training.precision import why_slow
+from petune.training.precision import precision_note
 from petune.training.speed.bf16_weights import store_in_bf16
 from petune.training.speed.context import SAMPLE_IMAGES, Forward, Logits, StepContext
 from petune.training.speed.feature_cache import delete_features, fill_cache, plan_cache
@@ -32,8 +32,8 @@ def apply_speedups(context: StepContext) -> Iterator[Forward]:
     """
     job, config = context.job, context.job.config
     on_cpu = job.device.type == "cpu"
-    if slow := why_slow(context.precision, job.device):
-        context.note(slow)
+    if note := precision_note(config.precision, context.precision, job.device):
+        context.note(note)
     with ExitStack() as stack:
         plan = plan_cache(context)
         if context.precision == "bf16" and not context.sharded:
