@@ -19,6 +19,8 @@ from torch import Tensor
 from petune.base.errors import UsageError
 
 A, B = ".lora_A.weight", ".lora_B.weight"
+RANK_OPTIONS = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"})
+"""Options of LoRA that set rank and scale of its layers: adapters that differ in these have products of one shape."""
 NEGLIGIBLE = 1e-8
 """Singular values below this share of the largest are rounding."""
 
@@ -39,6 +41,14 @@ class Factors:
         return self.b_OR @ self.a_RI
 
 
+def has_lora_options(config: Mapping[str, Any]) -> bool:
+    """Return True if an adapter is a LoRA without variants, as far as its options tell."""
+    options = config["config"]
+    return options.get("type") == "lora" and not any(
+        key.startswith("use_") and key != "use_rslora" and options[key] for key in options
+    )
+
+
 def is_plain_lora(config: Mapping[str, Any], tuned: Mapping[str, Tensor]) -> bool:
     """Return True if all that an adapter tunes are matrices A and B of PEFT's LoRA.
 
@@ -46,10 +56,8 @@ def is_plain_lora(config: Mapping[str, Any], tuned: Mapping[str, Tensor]) -> boo
         config: petune's configuration of the adapter.
         tuned: Its tuned tensors, by the file's keys.
     """
-    options = config["config"]
     others = [key for key, t in tuned.items() if not key.endswith((A, B)) or t.ndim != 2]
-    variants = [key for key in options if key.startswith("use_") and key != "use_rslora" and options[key]]
-    return options.get("type") == "lora" and bool(tuned) and not others and not variants
+    return has_lora_options(config) and bool(tuned) and not others
 
 
 def lora_factors(config: Mapping[str, Any], tuned: Mapping[str, Tensor]) -> dict[str, Factors]:
@@ -98,8 +106,8 @@ def factored(
 
 def with_rank(options: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """Return the options of a LoRA of another rank whose scale α/r is 1 in every layer."""
-    dropped = {"rank_pattern", "alpha_pattern", "use_rslora"}
-    return {**{key: value for key, value in options.items() if key not in dropped}, "r": rank, "lora_alpha": rank}
+    kept = {key: value for key, value in options.items() if key not in RANK_OPTIONS}
+    return {**kept, "r": rank, "lora_alpha": rank}
 
 
 def lora_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ except ImportError:  # Windows
 
 MANIFEST = "manifest.json"
 IS_LOCKED = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 HAS_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 """Errors of file systems without locks: NFS without a lock service, Lustre without `-o flock`, some FUSE and SMB."""
 
@@ -184,11 +185,20 @@ def _bytes_of(content: bytes | Callable[[], bytes]) -> bytes:
 
 
 def _cannot_write(path: Path, num_bytes: int, error: OSError) -> CheckpointError:
-    free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-    return CheckpointError(
-        f"cannot write {path}: {error.strerror or error} (needs {num_bytes:,} bytes, {free:,} are free). "
-        "The previous version is unchanged. Free some space, or choose another directory"
-    )
+    unchanged = ". The previous version is unchanged" if path.exists() else ""
+    if error.errno in IS_FULL:
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        size = f"needs {num_bytes:,} bytes, {free:,} are free"
+        reason = f"{error.strerror} ({size}){unchanged}. Free some space, or choose"
+    else:
+        file = file_in_path(path)
+        reason = f"{f'{file} is not a directory' if file else error.strerror or error}{unchanged}. Choose"
+    return CheckpointError(f"cannot write {path}: {reason} another directory")
+
+
+def file_in_path(path: Path) -> Path | None:
+    """Return the parent of a path that is a file where a directory has to be; None if there is none."""
+    return next((parent for parent in path.parents if os.path.lexists(parent) and not parent.is_dir()), None)
 
 
 def _write_and_describe(path: Path, content: bytes) -> dict[str, Any]:

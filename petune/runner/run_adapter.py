@@ -43,7 +43,13 @@ def read_run_adapter(path: Path) -> SavedAdapter:
     """
     directory = find_adapter(path)
     saved = read_adapter(directory)
-    if not {"backbone", "classes", "preprocess"} <= saved.config["metadata"].keys():
+    metadata = saved.config["metadata"]
+    if "averaged_from" in metadata and "backbone" in metadata and "classes" not in metadata:
+        raise CheckpointError(
+            f"{directory} has no classifier, because it was averaged with head='none'. Average with another head, "
+            "train a classifier for it (petune run --from), or build the model and call petune.load(model, directory)"
+        )
+    if not {"backbone", "classes", "preprocess"} <= metadata.keys():
         raise CheckpointError(
             f"{directory} does not record its backbone, because it was not saved by `petune run`. Build the model "
             "yourself and call petune.load(model, directory)"

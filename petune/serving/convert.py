@@ -26,8 +26,11 @@ from petune.injector.load import attach_saved
 from petune.injector.merge import MAX_CHANGE, MAX_CHANGE_IN_HALF
 from petune.runner.continued import tensors_digest
 from petune.runner.run_adapter import find_adapter, read_run_adapter
+from petune.serving.average.ingredients import Ingredient, check_finite
 from petune.serving.average.record import OF_ONE_RUN
 from petune.serving.average.request import check_new
+from petune.serving.average.val_scores import shared_val
+from petune.serving.evaluation import VAL_SPLIT
 from petune.serving.restore import rebuild_backbone
 from petune.sites.forward import forget_caches
 from petune.sites.logits import max_difference, max_value, synthetic_logits
@@ -134,10 +137,10 @@ def _converted(
     check_new(target)
     check_rank(rank)
     if model is None:
-        saved = read_run_adapter(expand_home(path))
+        saved = check_finite(read_run_adapter(expand_home(path)))
         plain = rebuild_backbone(saved, weights, trust_remote_code=trust_remote_code).model
     else:
-        saved, plain = read_adapter(find_adapter(expand_home(path))), copy.deepcopy(model)
+        saved, plain = check_finite(read_adapter(find_adapter(expand_home(path)))), copy.deepcopy(model)
     return _Conversion(saved, plain).convert(str(path), target, rank, is_written=is_written)
 
 
@@ -260,6 +263,8 @@ class _Conversion:
 
     def _metadata(self, path: str, done: Converted, options: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: v for key, v in self.saved.config["metadata"].items() if key not in OF_ONE_RUN or key == "images"}
+        if (val := shared_val([Ingredient(Path(path), self.saved, tensors_digest(self.saved))])) is not None:
+            kept[VAL_SPLIT] = val
         if "final_fit" in (self.saved.config["metadata"].get("training") or {}):
             kept["training"] = {"val_metrics": None, "final_fit": "train+val"}
         kept["method"] = f"lora:{_as_text(options)}"

@@ -114,6 +114,14 @@ def test_a_full_disk_leaves_the_old_directory(number: int, tmp_path: Path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("x")
+    for path in (tmp_path / "f" / "x", tmp_path / "f" / "y" / "x"):
+        with pytest.raises(CheckpointError, match="f is not a directory") as caught:
+            write_directory(path, CONTENT)
+        assert "space" not in str(caught.value)
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_failed_rename_puts_the_old_directory_back(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -38,6 +38,8 @@ def test_a_greedy_soup(petune: Run, runs: tuple[Path, Path], tmp_path: Path) -> 
     assert averaged["val"] >= max(vals.values())
     tested = petune("eval", "soup", "--device=cpu", "--json")
     assert tested.code == 0, tested.err
+    found = petune("eval", "soup", "--split=val", "--device=cpu", "--precision=fp32", "--json")
+    assert json.loads(found.out)["top1"] == pytest.approx(averaged["val"], abs=1e-3), found.err
     config = tmp_path / "two" / "config.yaml"
     config.write_text(config.read_text().replace("val_fraction: 0.1", "val_fraction: 0.2"))
     refused = petune("average", "one", "two", "--output=other", "--algorithm=greedy")

@@ -2,81 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import petune
-from petune.backbones.create import Backbone, create_backbone
 from tests.sampling import sampled
+from tests.serving.averages import FILE, X, adapter, backbone, changes, config, fresh, is_head, sha, tensors
 from tests.trained import CLASSES, NANO, card, changed
-
-X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
-FILE = "adapter_model.safetensors"
-BUILT: dict[str, Any] = {"weights": "none", "num_classes": 3, "image_size": 32, "options": NANO}
-
-
-def backbone(**options: Any) -> Backbone:
-    """A tiny ViT of random weights."""
-    return create_backbone("vit_nano", **{**BUILT, **options})
-
-
-def adapter(place: Path, method: str, seed: int, *, start: Path | None = None, weights_seed: int = 0) -> Path:
-    """An adapter directory as a run of a seed writes it, with values near those that it started with."""
-    made = backbone(seed=weights_seed)
-    torch.manual_seed(seed)
-    att = petune.attach(made.model, method) if start is None else petune.load(made.model, start)
-    generator = torch.Generator().manual_seed(100 + seed)
-    with torch.no_grad():
-        for p in att.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=generator)
-    said = card(made, "vit_nano", dict(NANO))
-    earlier = [] if start is None else [{"path": str(start), "sha256": sha(start), "dataset": None, "epochs": 1}]
-    more = {"continued_from": earlier} if earlier else {}
-    att.save(place, metadata={**said, "method": method, "training": {"seed": seed, "val_metrics": None}, **more})
-    return place
-
-
-def sha(place: Path) -> str:
-    manifest = json.loads((place / "manifest.json").read_text())
-    return str(manifest["files"][FILE]["sha256"])
-
-
-def tensors(place: Path) -> dict[str, Tensor]:
-    return load_file(place / FILE)
-
-
-def config(place: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((place / "adapter_config.json").read_text())
-    return content.get("auto_mapping", {}).get("petune", content)
-
-
-def fresh(method: str, seed: int, tmp_path: Path) -> dict[str, Tensor]:
-    """The tensors that a run of this seed starts with."""
-    made = backbone()
-    torch.manual_seed(seed)
-    petune.attach(made.model, method).save(tmp_path / f"start-{seed}")
-    return tensors(tmp_path / f"start-{seed}")
-
-
-def changes(place: Path) -> dict[str, Tensor]:
-    """The change of each weight by a LoRA directory, written out."""
-    saved, options = tensors(place), config(place)["config"]
-    layers = [key.removesuffix(".lora_A.weight") for key in saved if key.endswith(".lora_A.weight")]
-    scale = options["lora_alpha"] / options["r"]
-    return {
-        layer: scale * saved[f"{layer}.lora_B.weight"].double() @ saved[f"{layer}.lora_A.weight"].double()
-        for layer in layers
-    }
-
-
-def is_head(key: str) -> bool:
-    return key.removeprefix("base_model.model.").startswith("head.")
 
 
 @pytest.mark.parametrize(
@@ -163,16 +98,14 @@ def test_lora_of_a_given_rank_says_what_is_left_out(tmp_path: Path) -> None:
 def test_task_arithmetic_of_one_seed(tmp_path: Path) -> None:
     """Runs of one seed start with the same random values, which are drawn again."""
     method = "adaptformer:bottleneck=4"
-    paths = [adapter(tmp_path / str(n), method, 7) for n in range(2)]
-    second = adapter(tmp_path / "other", method, 7)
-    own = tensors(second)
-    assert all(torch.equal(own[key], value) for key, value in tensors(paths[0]).items())
+    paths = [adapter(tmp_path / str(noise), method, 7, noise=noise) for noise in (100, 200)]
     start = fresh(method, 7, tmp_path)
     petune.average_adapters(paths, tmp_path / "out", algorithm="task_arithmetic", coefficients=[0.5, -0.2])
-    a, out = tensors(paths[0]), tensors(tmp_path / "out")
-    for key in out:
-        expected = a[key] if is_head(key) else start[key] + 0.3 * (a[key] - start[key])
-        torch.testing.assert_close(out[key], expected, atol=1e-6, rtol=1e-5)
+    a, b, out = (tensors(path) for path in (*paths, tmp_path / "out"))
+    for key, tensor in out.items():
+        changed_by = 0.5 * (a[key] - start[key]) - 0.2 * (b[key] - start[key])
+        expected = (a[key] + b[key]) / 2 if is_head(key) else start[key] + changed_by
+        torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_wise_ft_goes_to_the_backbone(tmp_path: Path) -> None:
@@ -296,58 +229,6 @@ def test_an_own_model(tmp_path: Path) -> None:
         petune.average_adapters(paths, tmp_path / "again", model=tiny(), algorithm="wise_ft")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of adapters to refuse. Read them, do not write to them."""
-    folder = tmp_path_factory.mktemp("made")
-    methods = {"a": "bitfit", "b": "bitfit", "norm": "norm", "last": "bitfit:blocks=last:1"}
-    for seed, (name, method) in enumerate(methods.items()):
-        adapter(folder / name, method, seed)
-    for seed in (0, 1):
-        adapter(folder / f"random{seed}", "adaptformer:bottleneck=4", seed)
-    return folder
-
-
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "one": ("a", {}, "one adapter is given"),
-    "none": ("", {}, "no adapter is given"),
-    "twice": ("a a", {}, "named twice"),
-    "method": ("a norm", {}, "bitfit, and .* norm"),
-    "options": ("a last", {}, "other options .*blocks"),
-    "algorithm": ("a b", {"algorithm": "unifrom"}, "Did you mean uniform"),
-    "coefficients": ("a b", {"coefficients": [1, 2, 3]}, "3 coefficients for 2"),
-    "not finite": ("a b", {"coefficients": [1, float("inf")]}, "finite"),
-    "negative": ("a b", {"coefficients": [1, -2]}, "not negative"),
-    "share": ("a b", {"algorithm": "wise_ft", "coefficients": [1.5]}, "0 to 1"),
-    "density": ("a b", {"density": 0.5}, "density is for ties and dare"),
-    "density 0": ("a b", {"algorithm": "ties", "density": 0}, "above 0"),
-    "rank": ("a b", {"rank": 2}, "rank is for the products of LoRA"),
-    "factors": ("a b", {"by_factors": True}, "by_factors is for LoRA"),
-    "head": ("a b", {"head": "nowhere"}, "none of the averaged directories"),
-    "val": ("a b", {"algorithm": "greedy"}, "there is no config.yaml in"),
-    "seeds": ("random0 random1", {"algorithm": "ties"}, r"other seeds \(0, 1\)"),
-    "start": ("a b", {"start": "a"}, "uniform needs no start"),
-    "not a start": ("a b", {"start": "a", "algorithm": "ties"}, "does not continue a: its run"),
-    "missing": ("a nowhere", {}, "nowhere"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_input_writes_nothing(name: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(made)
-    places, options, message = REFUSED[name]
-    with pytest.raises(petune.PetuneError, match=message):
-        petune.average_adapters(places.split(), "out", **options)
-    assert not Path("out").exists()
-
-
-def test_an_output_that_exists(made: Path) -> None:
-    before = (made / "a" / FILE).read_bytes()
-    with pytest.raises(petune.UsageError, match="exists"):
-        petune.average_adapters([made / "a", made / "b"], made / "a")
-    assert (made / "a" / FILE).read_bytes() == before
-
-
 def test_another_backbone(tmp_path: Path) -> None:
     a, b = adapter(tmp_path / "a", "bitfit", 0), adapter(tmp_path / "b", "bitfit", 1, weights_seed=3)
     with pytest.raises(petune.BackboneMismatch, match="other weights"):
@@ -368,3 +249,43 @@ def test_constants_have_no_average(tmp_path: Path) -> None:
     paths = [adapter(tmp_path / str(n), f"peft:vera,r=2,projection_prng_key={n}", n) for n in (0, 1)]
     with pytest.raises(petune.UsageError, match="projection_prng_key"):
         petune.average_adapters(paths, tmp_path / "out")
+
+
+def test_lora_of_other_ranks_and_scales(tmp_path: Path) -> None:
+    methods = ["lora:r=2", "lora:r=3,lora_alpha=5", "lora:r=1,lora_alpha=4"]
+    paths = [adapter(tmp_path / str(seed), method, seed) for seed, method in enumerate(methods)]
+    parts = [changes(path) for path in paths]
+    done = petune.average_adapters(paths[:2], tmp_path / "out")
+    assert done.rank == 5
+    for layer, change in changes(tmp_path / "out").items():
+        torch.testing.assert_close(change, (parts[0][layer] + parts[1][layer]) / 2, atol=1e-5, rtol=1e-4)
+    grown = petune.average_adapters([tmp_path / "out", paths[2]], tmp_path / "grown", coefficients=[2, 1])
+    assert grown.rank == 6
+    for layer, change in changes(tmp_path / "grown").items():
+        expected = sum(part[layer] for part in parts) / 3
+        torch.testing.assert_close(change, expected, atol=1e-5, rtol=1e-4)
+    petune.Predictor(tmp_path / "grown", device="cpu")  # checks the reference logits
+    with pytest.raises(petune.UsageError, match="without by_factors"):
+        petune.average_adapters(paths, tmp_path / "factors", by_factors=True)
+
+
+def test_a_start_of_another_rank(tmp_path: Path) -> None:
+    start = adapter(tmp_path / "start", "lora:r=3,lora_alpha=5", 0)
+    last = adapter(tmp_path / "last", "lora:r=2", 1)
+    metadata = config(last)["metadata"]
+    made = backbone()
+    att = petune.load(made.model, last)
+    earlier = [{"path": str(start), "sha256": sha(start), "dataset": None, "epochs": 1}]
+    att.save(tmp_path / "continued", metadata={**metadata, "continued_from": earlier})
+    petune.average_adapters([tmp_path / "continued"], tmp_path / "out", algorithm="wise_ft", coefficients=[0.25])
+    before, after = changes(start), changes(last)
+    for layer, change in changes(tmp_path / "out").items():
+        torch.testing.assert_close(change, 0.75 * before[layer] + 0.25 * after[layer], atol=1e-5, rtol=1e-4)
+
+
+def test_without_a_classifier(tmp_path: Path) -> None:
+    paths = [adapter(tmp_path / str(seed), "bitfit", seed) for seed in (0, 1)]
+    done = petune.average_adapters(paths, tmp_path / "out", head="none")
+    assert "no classifier" in " ".join(done.notes)
+    with pytest.raises(petune.CheckpointError, match="has no classifier"):
+        petune.Predictor(tmp_path / "out", device="cpu")

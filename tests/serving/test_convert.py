@@ -10,6 +10,7 @@ import torch
 
 import petune
 from tests.sampling import sampled
+from tests.tiny import tiny
 from tests.trained import changed, saved_run
 
 X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -120,3 +121,15 @@ def test_a_conversion_is_a_start(tmp_path: Path) -> None:
         image_size=recorded["image_size"], backbone_options=recorded["options"],
     )  # fmt: skip
     check_same_model(config, saved)
+
+
+def test_a_diverged_adapter_is_named(tmp_path: Path) -> None:
+    model = tiny()
+    att = petune.attach(model, "lora:r=2")
+    with torch.no_grad():
+        next(iter(att.tuned.values())).fill_(float("nan"))
+    att.save(tmp_path / "a")
+    for rank in (None, 1):
+        with pytest.raises(petune.CheckpointError, match="NaN or infinite"):
+            petune.convert(tmp_path / "a", tmp_path / "out", model=tiny(), rank=rank)
+    assert not (tmp_path / "out").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -97,8 +96,6 @@ def average_adapters(
         batch_size=(batch_size, int),
         trust_remote_code=(trust_remote_code, bool),
     )
-    if not all(isinstance(c, int | float) and math.isfinite(c) for c in coefficients or ()):
-        raise UsageError(f"petune.average_adapters: coefficients are finite numbers, not {coefficients!r}")
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}. Use at least 1")
     request = AverageRequest.of(

@@ -12,10 +12,11 @@ from petune.adapters.format import TENSOR_FILE
 from petune.adapters.lora_products import is_plain_lora, lora_factors, with_rank
 from petune.base.errors import UsageError
 from petune.base.metric import Metric
+from petune.serving.average.ingredients import check_alike
 from petune.serving.average.record import Averaged, average_metadata, averaged_from, shown_coefficients
 from petune.serving.average.request import AVERAGE, NO_HEAD, AverageRequest
 from petune.serving.average.slot import AdapterSlot
-from petune.serving.average.soup import Combined, Mixture, combine_products, greedy_choice
+from petune.serving.average.soup import Combined, Mixture, check_in_range, combine_products, greedy_choice
 from petune.serving.average.start import continued_start, have_random_starts, start_of
 from petune.serving.average.val_scores import main_metric, val_scorer
 from petune.serving.predict import Predictor
@@ -45,6 +46,8 @@ class Averaging:
         config = request.base.saved.config
         self.is_lora = is_plain_lora(config, self.tuned(self.states[0])) and not request.by_factors
         self.is_low_rank = not self.is_lora and any(".lora_A" in key for key in self.tuned_keys)
+        if not self.is_lora:
+            check_alike(request.ingredients, heads_alike=with_heads, by_products=False)
         if request.rank is not None and not self.is_lora:
             raise UsageError(
                 f"rank is for the products of LoRA, and {config['tuner']} is combined value by value. Leave it out"
@@ -118,12 +121,13 @@ class Averaging:
         if self.request.head == "keep":
             others |= {key: self.base_state[key] for key in self.head_keys}
         if self.is_lora:
-            combined = self._combine_products(mixture, states)
+            combined = self._combine_products(mixture, chosen)
         else:
             combined = Combined(
                 mixture.values([self.tuned(s) for s in states], self._start() if mixture.needs_start else {})
             )
-        return replace(combined, values={**combined.values, **others})
+        check_in_range(values := {**combined.values, **others})
+        return replace(combined, values=values)
 
     def put(self, combined: Combined) -> None:
         """Put combined values on the model; a LoRA of another rank is attached anew."""
@@ -144,30 +148,38 @@ class Averaging:
         if self.is_low_rank and len(chosen) > 1:
             notes.append("A and B were combined one by one, which is not the combination of the changes B·A")
         is_plain = not self.is_lora and self.tuned_keys and not request.mixture.needs_start and len(chosen) > 1
-        if is_plain and have_random_starts(self.slot, [request.ingredients[i] for i in chosen]):
+        taken = [request.ingredients[i] for i in chosen]
+        if is_plain and have_random_starts(self.slot, taken):
+            known = all(i.seed is not None for i in taken)
+            fact = "started from different random values" if known else "do not record what they started from"
             notes.append(
-                "the adapters started from different random values, and their average may be worse than each of them: "
-                "compare both on val (petune eval). Runs that continue one adapter (petune run --from) have a start in "
-                "common"
+                f"the adapters {fact}, and the average of different random starts may be worse than each of them: "
+                "evaluate both. Runs that continue one adapter (petune run --from) have a start in common"
+            )
+        if request.head == NO_HEAD:
+            notes.append(
+                "the result has no classifier, so petune eval, predict and export have none to run. Train one for it "
+                "(petune run --from), or load it into a model that has one (petune.load)"
             )
         return tuple(notes)
 
     def _start(self) -> dict[str, Tensor]:
         request = self.request
-        continued = continued_start(request.ingredients, request.start)
+        continued = continued_start(request.ingredients, request.start, by_products=False)
         if continued is not None:
             values = self.slot.values_of(continued.saved, with_head=False)
             return {key: values[key] for key in self.tuned_keys}
         return start_of(self.slot, request.ingredients, [self.tuned(state) for state in self.states])
 
-    def _combine_products(self, mixture: Mixture, states: Sequence[Mapping[str, Tensor]]) -> Combined:
-        adapters = [lora_factors(self.request.base.saved.config, self.tuned(state)) for state in states]
+    def _combine_products(self, mixture: Mixture, chosen: Sequence[int]) -> Combined:
+        ingredients = self.request.ingredients
+        adapters = [lora_factors(ingredients[i].saved.config, self.tuned(self.states[i])) for i in chosen]
         start = None
         if mixture.needs_start:
-            continued = continued_start(self.request.ingredients, self.request.start)
+            continued = continued_start(ingredients, self.request.start, by_products=True)
             if continued is not None:
                 values = self.slot.values_of(continued.saved, with_head=False)
-                start = lora_factors(self.request.base.saved.config, self.tuned(values))
+                start = lora_factors(continued.saved.config, self.tuned(values))
             elif self.request.base.saved.config["config"].get("init_lora_weights", True) is False:
                 raise UsageError(
                     "with init_lora_weights=false LoRA starts with random changes, so these runs have no start in "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from petune.adapters.format import SavedAdapter, geometry_differences, read_adapter
+from petune.adapters.lora_products import RANK_OPTIONS, A, B, has_lora_options
 from petune.base.errors import BackboneMismatch, CheckpointError, UsageError
 from petune.runner.continued import tensors_digest
 from petune.runner.run_adapter import find_adapter
@@ -69,12 +70,21 @@ def read_ingredient(path: Path) -> Ingredient:
     Raises:
         CheckpointError: There is none, it is damaged, or it holds NaN or infinite values.
     """
-    saved = read_adapter(find_adapter(path))
+    saved = check_finite(read_adapter(find_adapter(path)))
+    return Ingredient(path, saved, tensors_digest(saved))
+
+
+def check_finite(saved: SavedAdapter) -> SavedAdapter:
+    """Return an adapter that holds finite numbers.
+
+    Raises:
+        CheckpointError: It holds NaN or infinite values.
+    """
     if broken := [key for key, t in saved.tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
         raise CheckpointError(
-            f"{path} holds NaN or infinite values in {broken[0]}: its training diverged. Leave it out"
+            f"{saved.path} holds NaN or infinite values in {broken[0]}: its training diverged. Use another run"
         )
-    return Ingredient(path, saved, tensors_digest(saved))
+    return saved
 
 
 def read_ingredients(paths: Sequence[Path], at_least: int) -> list[Ingredient]:
@@ -85,7 +95,7 @@ def read_ingredients(paths: Sequence[Path], at_least: int) -> list[Ingredient]:
         at_least: How many there must be.
 
     Raises:
-        UsageError: There are fewer, or one is named twice.
+        UsageError: There are fewer, or one is named twice or a copy of another.
         CheckpointError: See `read_ingredient`.
     """
     if len(paths) < at_least:
@@ -96,15 +106,24 @@ def read_ingredients(paths: Sequence[Path], at_least: int) -> list[Ingredient]:
     twice = next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None)
     if twice is not None:
         raise UsageError(f"{twice} is named twice. To weigh it more, use coefficients", cli_hint="See --coefficients")
+    for number, ingredient in enumerate(ingredients):
+        copy = next((other.path for other in ingredients[:number] if other.sha256 == ingredient.sha256), None)
+        if copy is not None:
+            raise UsageError(
+                f"{ingredient.path} holds the same tensors as {copy}. Name one of them; to weigh it more, use "
+                "coefficients",
+                cli_hint="See --coefficients",
+            )
     return ingredients
 
 
-def check_alike(ingredients: Sequence[Ingredient], *, heads_alike: bool) -> None:
+def check_alike(ingredients: Sequence[Ingredient], *, heads_alike: bool, by_products: bool) -> None:
     """Check, without a model, that adapters have one method, one form and one backbone.
 
     Args:
         ingredients: The adapters.
         heads_alike: Their classifiers are averaged too.
+        by_products: LoRA is combined as changes of weights, so ranks and scales may differ.
 
     Raises:
         UsageError: They have other methods, options, shapes or classes.
@@ -112,14 +131,15 @@ def check_alike(ingredients: Sequence[Ingredient], *, heads_alike: bool) -> None
     """
     first = ingredients[0]
     for other in ingredients[1:]:
-        _check_method(first, other)
+        is_product = by_products and has_lora_options(first.saved.config)
+        _check_method(first, other, RANK_OPTIONS if is_product else frozenset())
         _check_backbone(first, other)
         if heads_alike:
             _check_outputs(first, other)
-        _check_shapes(first, other, heads_alike=heads_alike)
+        _check_shapes(first, other, heads_alike=heads_alike, ends=(A, B) if is_product else ())
 
 
-def _check_method(first: Ingredient, other: Ingredient) -> None:
+def _check_method(first: Ingredient, other: Ingredient, may_differ: Collection[str]) -> None:
     methods = [ingredient.saved.config["tuner"] for ingredient in (first, other)]
     if methods[0] != methods[1]:
         raise UsageError(
@@ -130,12 +150,16 @@ def _check_method(first: Ingredient, other: Ingredient) -> None:
     different = [
         f"{key} is {configs[0].get(key)!r} there and {configs[1].get(key)!r} here"
         for key in {**configs[0], **configs[1]}
-        if configs[0].get(key) != configs[1].get(key) and not any(word in key for word in WITHOUT_EFFECT)
+        if configs[0].get(key) != configs[1].get(key)
+        and key not in may_differ
+        and not any(word in key for word in WITHOUT_EFFECT)
     ]
     if different:
+        by_factors = not may_differ and has_lora_options(first.saved.config)
+        advice = ". LoRA of other ranks is averaged without by_factors, by its products B·A" if by_factors else ""
         raise UsageError(
             f"{other.path} has other options than {first.path}, so that their tensors do not stand for the same: "
-            f"{', '.join(different)}. Average adapters of equal options"
+            f"{', '.join(different)}. Average adapters of equal options{advice}"
         )
 
 
@@ -190,13 +214,19 @@ def _shown(ingredient: Ingredient) -> str:
     return ", ".join(map(str, names[:3])) + (", …" if len(names) > 3 else "")
 
 
-def _check_shapes(first: Ingredient, other: Ingredient, *, heads_alike: bool) -> None:
-    """Check tensors of equal names; those that only one file names are found by their addresses when it is loaded."""
+def _check_shapes(first: Ingredient, other: Ingredient, *, heads_alike: bool, ends: tuple[str, ...]) -> None:
+    """Check tensors of equal names; those that only one file names are found by their addresses when it is loaded.
+
+    Args:
+        first, other: The adapters.
+        heads_alike: Their classifiers are averaged too.
+        ends: Ends of names whose shapes may differ.
+    """
     tensors = first.saved.tensors, other.saved.tensors
     if not heads_alike:
         return
     for key in tensors[0].keys() & tensors[1].keys():
-        if tensors[0][key].shape != tensors[1][key].shape:
+        if not key.endswith(ends) and tensors[0][key].shape != tensors[1][key].shape:
             shapes = " and ".join(str(tuple(t[key].shape)) for t in tensors)
             raise UsageError(
                 f"{first.path} and {other.path} have other shapes: {key} is {shapes}. Use adapters of one shape"

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from petune.adapters.lora_products import RANK_OPTIONS
 from petune.base.metric import Metric
 from petune.injector.registry import parse_method
 from petune.serving.average.ingredients import Ingredient
 from petune.serving.average.soup import Mixture
+from petune.serving.average.val_scores import shared_val
+from petune.serving.evaluation import VAL_SPLIT
 
-OF_ONE_RUN = ("training", "test", "continued_from", "images", "averaged_from", "converted_from")
+OF_ONE_RUN = ("training", "test", "continued_from", "images", "averaged_from", "converted_from", VAL_SPLIT)
 """Entries of the metadata of a run that are not true of an average."""
 
 
@@ -105,6 +108,8 @@ def average_metadata(
         kept["images"] = digests[0]
     if any("final_fit" in i.training for i in ingredients):
         kept["training"] = {"val_metrics": None, "final_fit": "train+val"}
+    if (val := shared_val(ingredients)) is not None:
+        kept[VAL_SPLIT] = val
     if averaged.rank is not None:
         kept["method"] = method_with(str(kept.get("method", base.saved.config["tuner"])), averaged.rank)
     details = {"density": mixture.density, "seed": mixture.seed} if mixture.algorithm in {"ties", "dare"} else {}
@@ -124,9 +129,8 @@ def average_metadata(
 def method_with(method: str, rank: int) -> str:
     """Return a LoRA method as text with another rank and a scale of 1, as `petune run --from` compares it."""
     name, options = parse_method(method)
-    dropped = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
     parts = [text for text in method[len(name) + 1 :].split(",") if text] if options else []
     if any(text.partition("=")[0].strip() in {"rank_pattern", "alpha_pattern"} for text in parts):
         return f"{name}{',' if ':' in name else ':'}r={rank},lora_alpha={rank}"
-    kept = [text for text in parts if text.partition("=")[0].strip() not in dropped]
+    kept = [text for text in parts if text.partition("=")[0].strip() not in RANK_OPTIONS]
     return f"{name}{',' if ':' in name else ':'}" + ",".join([*kept, f"r={rank}", f"lora_alpha={rank}"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from petune.adapters.lora_products import check_rank
 from petune.base.config import expand_home
 from petune.base.errors import UsageError
+from petune.base.files import file_in_path
 from petune.serving.average.ingredients import Ingredient, check_alike, read_ingredients
 from petune.serving.average.soup import SEVERAL, Mixture, mixture_of
 from petune.serving.average.val_scores import check_val
@@ -59,7 +60,8 @@ class AverageRequest:
         mixture = mixture_of(algorithm, max(1, len(paths)), coefficients, density, seed)
         ingredients = tuple(read_ingredients(paths, 2 if algorithm in SEVERAL else 1))
         base = _base_of(ingredients, head)
-        check_alike([base, *(i for i in ingredients if i is not base)], heads_alike=head == AVERAGE)
+        others = [i for i in ingredients if i is not base]
+        check_alike([base, *others], heads_alike=head == AVERAGE, by_products=not by_factors)
         if algorithm == "greedy":
             if head != AVERAGE:
                 raise UsageError("greedy evaluates averages with their classifier. Leave head out")
@@ -74,8 +76,10 @@ def check_new(output: Path) -> None:
     """Check that a directory can be created.
 
     Raises:
-        UsageError: It exists, and is not an empty directory.
+        UsageError: It exists, and is not an empty directory; or one of its parents is a file.
     """
+    if file := file_in_path(output):
+        raise UsageError(f"{output} cannot be created, as {file} is not a directory. Name another one")
     is_empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
     if (output.exists() or output.is_symlink()) and not is_empty:
         raise UsageError(f"{output} exists. Name a new directory")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from petune.adapters.card import model_card
 from petune.adapters.format import SavedAdapter, write_adapter
+from petune.adapters.lora_products import RANK_OPTIONS
 from petune.base.config import expand_home
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
@@ -40,12 +41,15 @@ class AdapterSlot:
         """Load an adapter and return its tensors by the file's keys, on the CPU.
 
         Args:
-            saved: Of the same method, on the same backbone.
+            saved: Of the same method, on the same backbone. A LoRA of another rank is attached first.
             with_head: With its classifier; without it, the classifier's tensors are left out.
 
         Raises:
             BackboneMismatch: It does not fit, or computes something else than when it was saved.
         """
+        options, attached = saved.config["config"], self.attachment.tuner.config.plain()
+        if any(options.get(key) != attached.get(key) for key in RANK_OPTIONS):
+            self.exchange(options)
         start_from(self.attachment, saved, with_head=with_head)
         parts = self.parts()
         state = self.attachment.file_state()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from petune.adapters.average import add_task_vectors, combine_buffers, dare, interpolate, ties, weighted_sum
@@ -113,9 +115,11 @@ def mixture_of(
         raise UnknownName("algorithm", algorithm, get_args(Algorithm))
     name: Algorithm = algorithm  # type: ignore[assignment]
     _check_density(name, density)
+    if not -(2**63) <= seed < 2**63:
+        raise UsageError(f"seed is {seed}. Use a number of at most 64 bits")
     given = _checked_coefficients(name, count, coefficients)
     equal = (1 / count,) * count
-    shares = tuple(c / sum(given) for c in given) if name == "uniform" else equal
+    shares = _of_sum_one(given) if name == "uniform" else equal
     return Mixture(name, given, shares, DENSITIES.get(name, 1.0) if density is None else density, seed)
 
 
@@ -125,14 +129,14 @@ def _checked_coefficients(name: Algorithm, count: int, given: Sequence[float] | 
         return (COEFFICIENTS.get(name, 1.0),) * needed
     if name == "greedy":
         raise UsageError("greedy averages what it chooses with equal weights. Leave coefficients out")
-    values = tuple(float(c) for c in given)
+    values = _finite(given)
     if len(values) == 1:
         values *= needed
     if len(values) != needed:
         raise UsageError(
             f"{plural(len(values), 'coefficient')} for {plural(needed, 'value')} of {name}. Give {needed}, or one"
         )
-    if name == "uniform" and not (min(values) >= 0 and sum(values) > 0):
+    if name == "uniform" and not (min(values) >= 0 and max(values) > 0):
         raise UsageError(
             f"the weights of an average are not negative, and not all 0: {values}. Use task_arithmetic for others"
         )
@@ -141,6 +145,21 @@ def _checked_coefficients(name: Algorithm, count: int, given: Sequence[float] | 
             f"the coefficient of wise_ft is the share of the trained values, 0 to 1, and {values[0]} is given"
         )
     return values
+
+
+def _finite(given: Sequence[float]) -> tuple[float, ...]:
+    try:
+        values = tuple(float(c) if isinstance(c, int | float) else math.nan for c in given)
+    except OverflowError:  # an integer beyond all floats
+        values = (math.inf,)
+    if not all(map(math.isfinite, values)):
+        raise UsageError(f"petune.average_adapters: coefficients are finite numbers, not {given!r}")
+    return values
+
+
+def _of_sum_one(weights: Sequence[float]) -> tuple[float, ...]:
+    relative = [weight / max(weights) for weight in weights]  # the sum of large ones would be infinite
+    return tuple(weight / sum(relative) for weight in relative)
 
 
 def _check_density(name: Algorithm, density: float | None) -> None:
@@ -177,9 +196,26 @@ def combine_products(
         adapters, start: See `Mixture.products`.
         rank: Of the result; None takes the exact one.
     """
-    factors, errors = factored(mixture.products(adapters, start), rank)
+    changes = mixture.products(adapters, start)
+    check_in_range({layer: c if isinstance(c, Tensor) else c.b_OR for layer, c in changes.items()})
+    factors, errors = factored(changes, rank)
     first = next(iter(factors.values()))
     return Combined(lora_tensors(factors), first.a_RI.shape[0], errors)
+
+
+def check_in_range(values: Mapping[str, Tensor]) -> None:
+    """Check that combined values are finite, in float32 too.
+
+    Raises:
+        UsageError: They are not: adapters are finite, so a coefficient or a density is out of proportion.
+    """
+    for key, tensor in values.items():
+        parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if not bool(parts.float().isfinite().all()):
+            raise UsageError(
+                f"the average has values beyond the range of its number format, such as in {key}. Use smaller "
+                "coefficients, or a higher density"
+            )
 
 
 def greedy_choice(

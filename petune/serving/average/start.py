@@ -22,12 +22,13 @@ RESEMBLANCE = 6.0
 """Standard deviations of the cosine of independent random vectors; trained values are nearer to their start."""
 
 
-def continued_start(ingredients: Sequence[Ingredient], given: Path | None) -> Ingredient | None:
+def continued_start(ingredients: Sequence[Ingredient], given: Path | None, *, by_products: bool) -> Ingredient | None:
     """Return the adapter that all runs continue; None if none of them continues one, and none is given.
 
     Args:
         ingredients: The adapters.
         given: Where it is now; None takes the path that the runs have recorded.
+        by_products: See `check_alike`.
 
     Raises:
         UsageError: Only some runs continue one, or another one than the others or than the given one; or it is gone.
@@ -44,7 +45,7 @@ def continued_start(ingredients: Sequence[Ingredient], given: Path | None) -> In
             return None
         if any(i.training for i in ingredients):
             raise UsageError(f"{first.path} does not continue {given}: its run started anew. Leave start out")
-        return _read_start(first, given)
+        return _read_start(first, given, by_products)
     assert first.earlier is not None
     path = Path(str(first.earlier.get("path"))) if given is None else given
     if given is None and not path.is_dir():
@@ -52,15 +53,15 @@ def continued_start(ingredients: Sequence[Ingredient], given: Path | None) -> In
             f"the adapter that {first.path} continues is no longer at {path}. Say where it is: start='DIR'",
             cli_hint="The flag is --start",
         )
-    start = _read_start(first, path)
+    start = _read_start(first, path, by_products)
     if start.sha256 not in recorded:
         raise UsageError(f"{path} is not the adapter that {first.path} continues: its tensors have another SHA-256")
     return start
 
 
-def _read_start(first: Ingredient, path: Path) -> Ingredient:
+def _read_start(first: Ingredient, path: Path, by_products: bool) -> Ingredient:
     start = read_ingredient(path)
-    check_alike([first, start], heads_alike=False)
+    check_alike([first, start], heads_alike=False, by_products=by_products)
     return start
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from petune.base.errors import UsageError
@@ -11,7 +11,7 @@ from petune.base.metric import LOSS, Metric
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.migrations import read_config
 from petune.serving.average.ingredients import Ingredient
-from petune.serving.evaluation import EvalRequest, evaluate_images, select_images
+from petune.serving.evaluation import VAL_SPLIT, EvalRequest, evaluate_images, select_images
 from petune.serving.predict import Predictor
 
 SPLIT_KEYS = ("dataset", "val_fraction", "folds", "fold", "on_broken", "channels")
@@ -41,7 +41,19 @@ def check_val(ingredients: Sequence[Ingredient]) -> None:
             )
 
 
+def shared_val(ingredients: Sequence[Ingredient]) -> dict[str, object] | None:
+    """Return the options that choose the val images of all runs; None if these differ, or are not val of each."""
+    try:
+        check_val(ingredients)
+    except UsageError:
+        return None
+    config = _config(ingredients[0])
+    return {key: config.get(key) for key in SPLIT_KEYS}
+
+
 def _config(ingredient: Ingredient) -> dict[str, object]:
+    if isinstance(recorded := ingredient.metadata.get(VAL_SPLIT), Mapping):
+        return dict(recorded)
     for directory in (ingredient.path, ingredient.saved.path.parent):
         if (directory / CONFIG_FILE).is_file():
             return dict(read_config(directory / CONFIG_FILE))

@@ -30,6 +30,8 @@ from petune.runner.run_data import prepare_data
 from petune.serving.image_transform import ImageTransform
 from petune.serving.predict import Predictor
 
+VAL_SPLIT = "val_split"
+"""Metadata of an average: the options of its runs that choose the images of val."""
 MAX_NAMES = 5
 EvalSplit = Literal["test", "val"]
 Load = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
@@ -124,13 +126,14 @@ def _check_exists(path: Path, trained_on: str) -> None:
 def _run_config(metadata: Mapping[str, Any], dataset: str, is_own: bool, request: EvalRequest) -> RunConfig:
     """Return the config that defines the splits: the run's own, or without one what the adapter records."""
     file = next((path for path in (request.path, request.path.parent) if (path / CONFIG_FILE).is_file()), None)
+    recorded = metadata.get(VAL_SPLIT)
     values: dict[str, Any] = {}
-    if is_own and file is not None:
+    if is_own and file is not None and recorded is None:
         values = read_config(file / CONFIG_FILE)
-    elif is_own and request.split == "val":
+    elif is_own and request.split == "val" and recorded is None:
         raise UsageError(
             f"the val split of {request.path} is unknown, because there is no {CONFIG_FILE} next to the adapter. Give "
-            "the run directory, or a dataset with a val folder"
+            "the run directory, or a dataset with a val folder. An average has the val split that its runs share"
         )
     if not values:
         backbone = metadata["backbone"]
@@ -138,6 +141,7 @@ def _run_config(metadata: Mapping[str, Any], dataset: str, is_own: bool, request
             "backbone": backbone["name"],
             "backbone_options": backbone["options"],
             "image_size": backbone["image_size"],
+            **(recorded if is_own and recorded else {}),
         }
     values = {**values, "dataset": dataset} | ({"data_dir": request.data_dir} if request.data_dir else {})
     return RunConfig.build(values, str((file or request.path) / CONFIG_FILE))
