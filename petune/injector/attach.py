@@ -21,7 +21,12 @@ from petune.injector.creation import ordinary_tensors
 from petune.injector.dead_sites import check_used
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
-from petune.injector.frozen_beside_head import check_new_weights, warn_of_layers_before_head, warn_of_shared_head
+from petune.injector.frozen_beside_head import (
+    check_new_weights,
+    warn_of_layers_before_head,
+    warn_of_layers_outside_blocks,
+    warn_of_shared_head,
+)
 from petune.injector.keys import label_of, named_parameters
 from petune.injector.registry import TUNERS, build_tuner, parse_method
 from petune.injector.trainable import TrainableState, check_not_in_bank, open_trainable_state, trainable_state_of
@@ -109,6 +114,7 @@ def attach(
             check_new_weights(attachment, new)
             warn_of_shared_head(attachment)
             check_used(attachment)
+            warn_of_layers_outside_blocks(attachment)
             forget_forwards(edit)
         except BaseException:
             log.undo()

@@ -13,8 +13,10 @@ from petune.injector.outside_head import parameters_outside
 from petune.sites.named_heads import classifiers_of
 from petune.sites.new_weights import NewWeights, new_weights, placed_in_blocks
 from petune.sites.recorder import record_calls
-from petune.sites.site import Sites
+from petune.sites.site import Sites, is_within, modules_of
 from petune.sites.used_parameters import used_parameters
+
+MAX_SHOWN = 6
 
 
 def warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool) -> None:
@@ -65,6 +67,36 @@ def warn_of_shared_head(attachment: Attachment) -> None:
             "changes the block, too. Use train_head=False, or give the head weights of its own",
             stacklevel=3,
         )
+
+
+def warn_of_layers_outside_blocks(attachment: Attachment) -> None:
+    """Warn of attentions and MLPs in no block, if a method edits all blocks and nothing in them."""
+    sites = attachment.sites
+    edited = _edited_blocks(attachment)
+    if not edited or sites.chosen_from is not None or len(sites.blocks) < len(sites.all_blocks):
+        return
+    later = [path for path, index in sites.outside_blocks.items() if index >= min(edited)]
+    left = [path for path in later if not any(is_within(key, path) for key in attachment.tuned)]
+    if not left:
+        return
+    shown = ", ".join(left[:MAX_SHOWN]) + (", …" if len(left) > MAX_SHOWN else "")
+    warnings.warn(
+        f"{attachment.name} edits the blocks that petune finds in {sites.model}. Attentions and MLPs outside of these "
+        f"stay as they are: {shown}. To train them whole, name them with the heads: head=[…]",
+        stacklevel=3,
+    )
+
+
+def _edited_blocks(attachment: Attachment) -> set[int]:
+    """Return the indices of the blocks with an adapter or a matrix that trains; biases and norms are elsewhere, too."""
+    trained = {id(p) for p in attachment.tuned.values() if p.ndim >= 2}
+    ends = {passed[-1].exit for _, passed in attachment.edit_log.placed}
+    edited: set[int] = set()
+    for block in attachment.sites.blocks:
+        own = {p for m in (*block.own_modules, block.enter, block.exit) for p in m.parameters()}
+        if not ends.isdisjoint(modules_of([block])) or any(id(p) in trained for p in own):
+            edited.add(block.index)
+    return edited
 
 
 def _called_on_tokens(model: nn.Module, sites: Sites) -> set[str]:

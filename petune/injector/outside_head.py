@@ -16,9 +16,9 @@ from petune.sites.used_parameters import parameters_after
 def parameters_outside(model: nn.Module, sites: Sites) -> list[str]:
     """Return paths of modules, and keys of single parameters, that act after the blocks and are in no head.
 
-    Only for models that return logits of an image, or name their classifiers. Also named is what only the output in
-    train mode depends on, such as the exits of a model with early exits. A norm of tokens counts as the backbone's, and
-    so do layers inside the module that holds all blocks.
+    Also named is what only the output in train mode depends on, such as the exits of a model with early exits. A norm
+    of tokens counts as the backbone's, and so do layers inside the module that holds all blocks. Of a model that
+    neither returns logits of an image nor names its classifiers, only single parameters are named, such as queries.
 
     Returns:
         Empty if it cannot be known.
@@ -37,7 +37,9 @@ def parameters_outside(model: nn.Module, sites: Sites) -> list[str]:
     if not {id(p) for p in idle} <= known or not after:  # they may act in train mode
         after += parameters_after(model, spec, enters, training=True)[0]
     others = {id(p) for p in after} - known
-    if not others or (classifiers_of(model) is None and not _predicts_classes(model, sites)):
+    if classifiers_of(model) is None and not _predicts_classes(model, sites):
+        return _queries(model, sites)
+    if not others:
         return []
     others -= {id(p) for norm in _norms_of_tokens(model, sites, others) for p in norm.parameters()}
     return list(_largest(model, "", others))
@@ -47,6 +49,16 @@ def _predicts_classes(model: nn.Module, sites: Sites) -> bool:
     """Return whether the model returns one row for each image; of boxes and maps, all that comes last is a head."""
     logits = record_calls(model, sites.input_spec, [model])[model].output
     return logits is not None and logits.ndim <= 2
+
+
+def _queries(model: nn.Module, sites: Sites) -> list[str]:
+    """Return keys of single parameters that modules with a head hold, and that act after the first block begins."""
+    heads = set(sites.head.modules)
+    owners = [(path, m) for path, m in model.named_modules() if not heads.isdisjoint(m.modules()) and m not in heads]
+    after, _ = parameters_after(model, sites.input_spec, [sites.all_blocks[0].enter])
+    acting = {id(p) for p in after}
+    own = ((f"{path}.{name}".lstrip("."), p) for path, m in owners for name, p in m.named_parameters(recurse=False))
+    return [key for key, p in own if id(p) in acting]
 
 
 def _module_around_blocks(model: nn.Module, sites: Sites) -> nn.Module:

@@ -54,7 +54,8 @@ def _backbone_test(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> C
         id(m) for block in encoder for bound in block.modules for m in bound.modules()
     }
     in_decoder = {id(m) for block in decoder for bound in block.modules for m in bound.modules()}
-    called = {id(c.module) for c in trace.calls if c.start < (end if encoder else start)}
+    limit = end if encoder else start
+    called = {id(c.module) for c in trace.calls if c.start < limit and (c.stop <= limit or c.is_leaf)}
     return lambda module: id(module) in in_encoder or (id(module) in called and id(module) not in in_decoder)
 
 

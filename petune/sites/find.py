@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +22,9 @@ from petune.sites.input_size import input_sizes_of
 from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import IMAGES, make_site
 from petune.sites.norms import is_norm
+from petune.sites.outside_blocks import layers_outside_blocks
 from petune.sites.recorder import record
-from petune.sites.site import Block, Layout, Site, Sites, Tower
+from petune.sites.site import Block, Layout, Site, Sites, Tower, is_within
 from petune.sites.towers import calls_after, last_calls, rows_of
 from petune.sites.trace import Call, Trace
 from petune.sites.unsuitable import refuse_packed, refuse_scripted, refuse_uninitialized, why_all_in_head, why_no_blocks
@@ -129,7 +130,8 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
     first = next((c for c in trace.calls if id(c.module) in bounds), None)
     grid, num_prefix_tokens = grid_and_prefix(model, trace, first, spec)
     rows = rows_of(trace, blocks)
-    norms = [_used(model, norm, spec) for norm in _final_norms(trace, rows, head)] if blocks else []
+    others = layers_outside_blocks(trace, blocks, head) if blocks else {}
+    norms = [_used(model, norm, spec) for norm in _final_norms(trace, rows, head, others)] if blocks else []
     several = len(rows) > 1
     towers = [Tower(blocks=tuple(row), norm=norm) for row, norm in zip(rows, norms, strict=True)] if several else []
     norm = norms[0] if len(norms) == 1 else None
@@ -140,6 +142,7 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
         blocks=blocks,
         parts={part.role: part for part in parts if part is not None},
         beside_head=heads.beside,
+        outside_blocks=others,
         num_prefix_tokens=num_prefix_tokens,
         embed_dim=blocks[-1].dim if blocks else 0,
         grid_size=grid,
@@ -179,20 +182,29 @@ def _patch_embed(trace: Trace, first: Call | None, grid: Grid | None) -> Site | 
     return replace(make_site("patch_embed", widest, widest, dim, trace.model_name), layout=layout)
 
 
-def _final_norms(trace: Trace, rows: list[list[Block]], head: Site | None) -> list[Site | None]:
-    """Return the final norm of each tower: one that reads that tower alone, else one after all of them."""
+def _final_norms(trace: Trace, rows: list[list[Block]], head: Site | None, others: Iterable[str]) -> list[Site | None]:
+    """Return the final norm of each tower: one that reads that tower alone, else one after all of them.
+
+    Args:
+        trace: The forward.
+        rows: The blocks of each tower.
+        head: The classifier.
+        others: Paths of attentions and MLPs outside of the blocks, whose norms are their own.
+    """
+    calls = [c for c in trace.calls if not any(is_within(c.path, path) for path in others)]
     if len(rows) == 1:
-        return [_final_norm(trace, end_of(trace, rows[0]), head, trace.calls)]
+        return [_final_norm(trace, end_of(trace, rows[0]), head, calls)]
     ends = [end_of(trace, row[-1:]) for row in rows]
-    after = calls_after(trace, rows)
+    kept = {id(c) for c in calls}
+    after = [[c for c in row if id(c) in kept] for row in calls_after(trace, rows)]
     own = [_final_norm(trace, end, head, calls) for end, calls in zip(ends, after, strict=True)]
     if any(own):
         return own
-    joint = _norms_between(trace, max(ends), head, trace.calls)
+    joint = _norms_between(trace, max(ends), head, calls)
     last = last_calls(trace, joint)
     if len(last) == len(rows):  # one for each row, after an exchange between the rows (timm's CrossViT)
         return [_norm_site(trace, norm) for norm in last]
-    return [_final_norm(trace, max(ends), head, trace.calls)] * len(rows)
+    return [_final_norm(trace, max(ends), head, calls)] * len(rows)
 
 
 def _final_norm(trace: Trace, blocks_end: int, head: Site | None, calls: Sequence[Call]) -> Site | None:

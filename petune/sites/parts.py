@@ -72,7 +72,8 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
 def _choose(trace: Trace, mlps: list[Mlp], after: float) -> Mlp:
     """Return the first MLP that works on single tokens and adds to a stream; else the first that adds, or of all.
 
-    Others may follow before the next attention, such as the convolutions of the next stage.
+    Others may follow before the next attention, such as the convolutions of the next stage. Of those for single tokens
+    it is the one for most of them: class tokens may have an MLP of their own (JumboViT).
 
     Args:
         trace: The forward.
@@ -81,7 +82,11 @@ def _choose(trace: Trace, mlps: list[Mlp], after: float) -> Mlp:
     """
     adding = [mlp for mlp in mlps if mid_of(trace, mlp, int(after)) is not None]
     tokenwise = [mlp for mlp in adding if mlp.is_tokenwise]
-    return (tokenwise or adding or mlps)[0]
+    return max(tokenwise, key=lambda mlp: _num_values(mlp.first), default=(adding or mlps)[0])
+
+
+def _num_values(call: Call) -> int:
+    return 0 if call.input is None else call.input.numel()
 
 
 def _widening_mlp(scope: Call, calls: list[Call], before: float, dim: int) -> Mlp | None:

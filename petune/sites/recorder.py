@@ -252,7 +252,7 @@ class _OperationRecorder(TorchFunctionMode):
         if name != "einsum" or not args or not isinstance(args[0], str):
             return False
         operands = list(tensors_in(args[1:]))
-        letters = [part.strip() for part in args[0].partition("->")[0].split(",")]
+        letters = args[0].replace(" ", "").partition("->")[0].split(",")
         if len(letters) != len(operands):
             return False
         of_weights = [part[-2:] for part, x in zip(letters, operands, strict=True) if id(x) in self.weights]

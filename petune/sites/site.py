@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -40,6 +40,8 @@ class Sites:
             unknown.
         beside_head: Paths of layers between backbone and heads (for pooled features, necks, decoders); they count as
             backbone.
+        outside_blocks: Paths of attentions and MLPs that are in no block and no head, each with the index of the last
+            block that begins before its last call.
         chosen_head: Paths of the heads that `find_sites` was given; None if it found the heads itself.
         all_blocks: The model's blocks, also those that were left out by `only` or `dataclasses.replace(sites,
             blocks=…)`.
@@ -59,6 +61,7 @@ class Sites:
     embed_dim: int
     grid_size: tuple[int, ...] | None
     beside_head: tuple[str, ...] = ()
+    outside_blocks: Mapping[str, int] = field(default_factory=dict)
     chosen_head: tuple[str, ...] | None = None
     all_blocks: tuple[Block, ...] = ()
     within: str = ""

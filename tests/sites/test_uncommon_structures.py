@@ -61,6 +61,12 @@ def test_every_method_works_or_is_refused(name: str, method: str) -> None:
     assert reason is None or reason in outcome.detail
 
 
+def test_class_tokens_with_an_mlp_of_their_own_are_not_the_stream() -> None:
+    sites = petune.find_sites(models.Vit(models.SplitClass()).eval())
+    assert [block.mlp.path for block in sites.blocks] == ["trunk.layers.0.1", "trunk.layers.1.1"]
+    assert (sites.norm.path, list(sites.outside_blocks)) == ("last", ["trunk.wide"])
+
+
 def test_all_summed_branches_get_lora() -> None:
     att = petune.attach(models.build("summed branches"), "lora")
     assert len(att.tuned) == 2 * 2 * (2 + 2) * 2  # A and B, blocks, layers of two attentions and of two MLPs

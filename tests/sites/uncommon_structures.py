@@ -182,7 +182,7 @@ class ChannelNorm(nn.Module):
 
 
 class MapAttention(nn.Module):
-    """Attention over a map, by 1×1 convolutions."""
+    """Attention over a map, by 1×1 convolutions, and einsum with spaces in its equation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,8 @@ class MapAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         q, k, v = (t.flatten(2).unflatten(1, (HEADS, -1)).mT for t in (self.q(y), *self.kv(y).chunk(2, 1)))
-        return self.out(F.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2).view(x.shape))
+        weights = torch.einsum("b h i d, b h j d -> b h i j", q, k).softmax(-1)
+        return self.out(torch.einsum("b h i j, b h j d -> b h i d", weights, v).mT.flatten(1, 2).view(x.shape))
 
 
 def map_mlp() -> nn.Sequential:
@@ -209,6 +210,24 @@ class PlainNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta)
+
+
+class SplitClass(Pairs):
+    """Jumbo: class tokens have an MLP of their own, larger than that of the patches, and in all blocks the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(1, 2, D))
+        self.wide = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 9 * D), nn.GELU(), nn.Linear(9 * D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.tokens.expand(len(x), -1, -1)
+        for attention, feed in self.layers:
+            y = torch.cat([tokens, x], 1)
+            tokens, x = (attention(y) + y).split([2, x.shape[1]], 1)
+            x = feed(x) + x
+            tokens = self.wide(tokens) + tokens
+        return x + tokens.mean(1, keepdim=True)
 
 
 class WideClass(Pairs):

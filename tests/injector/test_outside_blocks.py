@@ -1,0 +1,104 @@
+"""Attentions and MLPs that are in no block are named, and so are new layers of heads for masks."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+
+D = 8
+
+
+def block() -> nn.Module:
+    return nn.TransformerEncoderLayer(D, 2, 16, 0.0, batch_first=True, norm_first=True)
+
+
+class Crossing(nn.Module):
+    """Two blocks, and then attention of the first token to all, which is in no block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block(), block()])
+        self.cross = nn.MultiheadAttention(D, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for inner in self.blocks:
+            x = inner(x)
+        first = x[:, :1] + self.cross(x[:, :1], x, x, need_weights=False)[0]
+        return torch.cat([first, x[:, 1:]], 1)
+
+
+class Further(nn.Module):
+    """Two blocks, each with an MLP after it whose input is no stream: nothing is added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block(), block()])
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 16), nn.GELU(), nn.Linear(16, D)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for inner, mlp in zip(self.blocks, self.mlps, strict=True):
+            x = mlp(inner(x))
+        return x
+
+
+class Vit(nn.Module):
+    image_size = 16
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.trunk = nn.Conv2d(3, D, 4, 4), trunk
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.trunk(self.stem(x).flatten(2).mT))[:, 0])
+
+
+@pytest.mark.parametrize("method", ["houlsby", "adaptformer:bottleneck=2", "partial"])
+def test_attention_between_no_blocks_is_named(method: str) -> None:
+    with pytest.warns(UserWarning, match=r"stay as they are: trunk\.cross"):
+        petune.attach(Vit(Crossing()).eval(), method)
+
+
+def test_methods_that_reach_it_or_edit_no_block_name_nothing() -> None:
+    model = Vit(Crossing()).eval()
+    for method, head in (("linear", None), ("full", None), ("bitfit", None), ("houlsby", ["head", "trunk.cross"])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            petune.attach(model, method, head=head).detach()
+
+
+def test_mlps_that_are_in_no_block_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"stay as they are: trunk\.mlps\.0, trunk\.mlps\.1\."):
+        att = petune.attach(Vit(Further()).eval(), "houlsby")
+    assert att.sites.norm.path == "norm"  # and not that inside of the last MLP
+
+
+class Masks(nn.Module):
+    """Queries attend to patches; each makes a mask by its product with features of the pixels."""
+
+    image_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, D, 4, 4), nn.Sequential(block(), block())
+        self.queries, self.pixels = nn.Parameter(torch.randn(1, 5, D)), nn.Conv2d(D, D, 1)
+        self.decoder = nn.TransformerDecoderLayer(D, 2, 16, 0.0, batch_first=True)
+        self.classes, self.masks = nn.Linear(D, 3), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.blocks(self.stem(x).flatten(2).mT)
+        pixels = self.pixels(x.mT.unflatten(2, (4, 4)))
+        queries = self.decoder(self.queries.expand(len(x), -1, -1), x)
+        return self.classes(queries), torch.einsum("bqd, bdhw -> bqhw", self.masks(queries), pixels)
+
+
+def test_pixel_features_and_queries_of_a_mask_head_are_named() -> None:
+    with pytest.warns(UserWarning, match="stay frozen unless the method trains them: pixels, decoder, queries"):
+        petune.attach(Masks().eval(), "linear")
