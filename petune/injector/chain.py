@@ -26,6 +26,7 @@ class Called:
         kwargs: The keywords.
         stop: How many calls had begun when it ended.
         output: What it returned.
+        count: How often the forward called the module.
     """
 
     module: nn.Module
@@ -34,6 +35,7 @@ class Called:
     kwargs: Any
     stop: int = 0
     output: Any = None
+    count: int = 0
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -59,6 +61,7 @@ def calls_of(model: nn.Module, spec: InputSpec, modules: Iterable[nn.Module]) ->
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         if module not in calls:
             calls[module] = Called(module, len(calls), args, kwargs)
+        calls[module].count += 1
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if not calls[module].stop:
@@ -137,8 +140,8 @@ def check_stream(model: nn.Module, sites: Sites, site: Site) -> Block | None:
     """Return the block whose input a stream is, if attention and MLP read one tensor; None for a tensor of its own.
 
     Raises:
-        AttachError: Several blocks share the module that the stream enters, or what enters the block cannot be
-            replaced.
+        AttachError: Several blocks share the module that the stream enters, one calls it twice, or what enters the
+            block cannot be replaced.
     """
     block = next(b for b in sites.all_blocks if any(part is site for part in b.parts.values()))
     shared = [b for b in sites.all_blocks if b is not block and "mid" in b.parts and b.mid.enter is site.enter]
@@ -150,6 +153,11 @@ def check_stream(model: nn.Module, sites: Sites, site: Site) -> Block | None:
     calls = calls_of(model, sites.input_spec, [block.enter, site.enter])
     if block.enter not in calls or site.enter not in calls:
         raise AttachError(f"the forward of {sites.model} does not call {site.path}. Use another method on this model")
+    if calls[site.enter].count > calls[block.enter].count:
+        raise AttachError(
+            f"{sites.model} calls {site.path} elsewhere, too, so an adapter for the stream at {site.where} would act at "
+            "several tensors. Use a method that reads the stream, such as adaptformer, or edits the layers inside"
+        )
     stream = calls[site.enter].inputs[0]
     if not any(_share_memory(stream, x) for x in calls[block.enter].inputs):
         return None

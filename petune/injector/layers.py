@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from petune.base.errors import SiteNotFound
+from petune.injector.chosen_blocks import refuse_shared_with_left_out
 from petune.injector.hooks.base import Holder
 from petune.injector.qkv import qkv_called
 from petune.injector.trainable import added_to
@@ -31,10 +32,17 @@ class LayerFinder:
         self.model = model
         self.sites = sites
         self.others = added_to(model)
+        self._shared = sites.shared_with_left_out()
         self._recorded: dict[nn.Module, Call] | None = None
 
     def linear_layers(self, site: Site, *, pointwise: bool, transposed: bool = False) -> tuple[Site, ...]:
         """See `Edit.linear_layers`."""
+
+        def is_wanted(module: nn.Module) -> bool:
+            return transposed if is_transposed_linear(module) else pointwise or isinstance(module, nn.Linear)
+
+        inside = {m for module in site.modules for m in module.modules() if _is_matrix(m) and is_wanted(m)}
+        refuse_shared_with_left_out(self.sites, self._shared, inside, site)
         calls = self._calls()
         first, last = calls.get(site.enter), calls.get(site.exit)
         if first is None or last is None or self.sites.first_owner(site) is not None:
@@ -43,9 +51,6 @@ class LayerFinder:
         def within(module: nn.Module) -> bool:
             call = calls.get(module)
             return call is not None and first.start <= call.start and call.stop <= last.stop
-
-        def is_wanted(module: nn.Module) -> bool:
-            return transposed if is_transposed_linear(module) else pointwise or isinstance(module, nn.Linear)
 
         layers = [m for m in self._matrices() if within(m) and is_wanted(m)]
         return tuple(self.site(m) for m in sorted(layers, key=lambda m: calls[m].start))
@@ -125,7 +130,7 @@ class LayerFinder:
         return {module for module, call in calls.items() if call.stop < start}
 
     def _matrices(self) -> list[nn.Module]:
-        return [m for m in self.backbone() if isinstance(m, nn.Linear) or is_pointwise(m) or is_transposed_linear(m)]
+        return [m for m in self.backbone() if _is_matrix(m)]
 
     def _calls(self) -> dict[nn.Module, Call]:
         """Return the calls of one forward in which attentions call their qkv layers, as the verbs would let them."""
@@ -143,3 +148,7 @@ class LayerFinder:
 
     def _routed(self) -> dict[nn.Module, nn.Module]:
         return routed_modules(self.model, self.sites.input_spec, self.sites.block_modules())
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_pointwise(module) or is_transposed_linear(module)

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from petune.base.errors import AttachError
 from petune.injector.attention import Attention
 from petune.injector.chain import check_stream, links_of
+from petune.injector.chosen_blocks import refuse_shared_with_left_out
 from petune.injector.edit_log import EditLog, Placed
 from petune.injector.hooks.around import Around, pass_on
 from petune.injector.hooks.base import Before, Holder, idempotent
@@ -35,6 +36,7 @@ class Placer:
         self.model = model
         self.sites = sites
         self.log = log
+        self._shared = sites.shared_with_left_out()
 
     def add(self, holder: Holder, near: Site, *passed: Site) -> None:
         """Register a holder next to a site, with the site's device and dtype, under a free name.
@@ -278,11 +280,18 @@ class Placer:
             self.toggle(lambda on: state.use_qkv_module(attention, name, on), on=False)
 
     def _refuse_shared(self, site: Site) -> None:
+        refuse_shared_with_left_out(self.sites, self._shared, (site.enter, site.exit), site)
         owner = self.sites.first_owner(site)
         if owner is not None:
             raise AttachError(
                 f"two blocks of {self.sites.model} share {site.where} ({site.role}). An adapter for one of them would "
                 "act in both. Use a method that edits the layers inside, such as lora, or one that edits other sites"
+            )
+        twin = _twin(self.sites, site)
+        if twin is not None:
+            raise AttachError(
+                f"{twin.role} and {site.role} of a block of {self.sites.model} are one module, {site.where}. An "
+                f"adapter for {site.role} would act at {twin.role}, too. Edit each of block.norms and block.branches once"
             )
 
     def _host(self, site: Site) -> nn.Module:
@@ -298,6 +307,13 @@ class Placer:
         for module in (site.exit, self.model):
             yield from (p for p in module.parameters() if p.ndim > 1)
             yield from module.parameters()
+
+
+def _twin(sites: Sites, site: Site) -> Site | None:
+    """Return the site of another role, listed before `site` in its block, that is the same module."""
+    block = next((b for b in sites.blocks if any(part is site for part in b.inner_sites)), None)
+    same = [s for s in block.inner_sites if s.exit is site.exit and not s.read_only] if block is not None else []
+    return same[0] if same and same[0].role != site.role and not site.read_only else None
 
 
 def _common(paths: Sequence[str]) -> str:

@@ -97,8 +97,9 @@ class Block(Site):
     Attributes:
         index: Position in the model, from 0 at the input.
         parts: The sites inside, by role; not those of a role that the block has several times.
-        branches: All attentions and MLPs, in the order of the forward; see `sublayers`.
-        norms: The norms of `branches`.
+        branches: All attentions and MLPs, in the order of the forward; see `sublayers`. A module that the block calls
+            for several of them is listed once: an adapter there acts in each call.
+        norms: The norms of `branches`, likewise.
         extra_inputs: Names of further tensors that the block is called with (rotary tables, masks).
         num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
         norm_first: True if norm1 comes before the attention.
@@ -121,8 +122,9 @@ class Block(Site):
 
     def __post_init__(self) -> None:
         for name, roles in (("branches", ("attn", "mlp")), ("norms", ("norm1", "norm2"))):
-            if not getattr(self, name):
-                object.__setattr__(self, name, tuple(self.parts[role] for role in roles if role in self.parts))
+            sites = getattr(self, name) or tuple(self.parts[role] for role in roles if role in self.parts)
+            once = {(id(site.enter), id(site.exit)): site for site in reversed(sites)}
+            object.__setattr__(self, name, tuple(site for site in sites if site in once.values()))
 
     @property
     def inner_sites(self) -> tuple[Site, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.sites.forward import device_of, dtype_of, inference, tensors_in
+from petune.sites.forward import device_of, dtype_of, forward_of, inference, meta_output, tensors_in
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.layouts import IMAGES, channel_axis, is_conv
 from petune.sites.trace import Call, Trace
@@ -35,6 +35,8 @@ def grid_and_prefix(model: nn.Module, trace: Trace, first: Call | None, spec: In
     x = first.input
     if x.is_nested or x.ndim == 2:  # each image has a grid of its own
         return None, 0
+    if x.ndim in IMAGES and _batch_is_inside(model, trace, first, spec):
+        return None, 0
     if x.ndim in IMAGES and is_widened(first):
         grid, num_prefix_tokens = _fitting_grid(trace, first, spec)
         return (grid, num_prefix_tokens) if num_prefix_tokens >= 0 and len(x) == trace.batch_size else (None, 0)
@@ -48,6 +50,37 @@ def grid_and_prefix(model: nn.Module, trace: Trace, first: Call | None, spec: In
     if measured is None:
         return grid, (stated or 0) if grid is None else num_prefix_tokens
     return (grid if measured == num_prefix_tokens else None), measured
+
+
+def _batch_is_inside(model: nn.Module, trace: Trace, first: Call, spec: InputSpec) -> bool:
+    """Return whether more samples make another axis than the first longer: tokens are (time, batch, patches, width)."""
+    assert first.input is not None
+    shape, doubled = first.input.shape, _shape_of_batch(model, first, spec, 2 * trace.batch_size)
+    return doubled is not None and doubled[1:] != shape[1:]
+
+
+def _shape_of_batch(model: nn.Module, block: Call, spec: InputSpec, num_samples: int) -> torch.Size | None:
+    """Return the shape of what enters a block with so many samples; None if the model does not run on them."""
+    shapes: list[torch.Size] = []
+
+    class Entered(Exception):
+        """Ends the forward: what follows does not matter."""
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        shapes.append(next(tensors_in((args, kwargs))).shape)
+        raise Entered
+
+    handle = block.module.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        if block.input is not None and block.input.device.type == "meta" != device_of(model).type:
+            meta_output(model, spec, num_samples)
+        else:
+            forward_of(model, spec.zeros(num_samples))
+    except Exception:  # Entered, or whatever the model's own code raises
+        pass
+    finally:
+        handle.remove()
+    return shapes[0] if shapes else None
 
 
 def is_widened(block: Call) -> bool:

@@ -153,6 +153,12 @@ class Sites:
         chosen = {id(block.enter) for block in self.blocks}
         return modules_of(b for b in self.all_blocks if id(b.enter) not in chosen) - modules_of(self.blocks)
 
+    def shared_with_left_out(self) -> set[nn.Module]:
+        """Return the modules of the blocks that blocks which were left out call, too."""
+        chosen = {id(block.enter) for block in self.blocks}
+        others = [b for b in self.all_blocks if id(b.enter) not in chosen]
+        return modules_of(others) & modules_of(self.blocks) if others else set()
+
     def block_modules(self) -> set[nn.Module]:
         """Return the modules that bound the blocks, of all that were found."""
         return {module for block in self.all_blocks for module in block.modules}

@@ -136,3 +136,38 @@ def test_prompts_in_both_branches_come_after_the_class_token() -> None:
         tuned = model(x)
         with att.disabled():
             assert not torch.equal(model(x), tuned)
+
+
+class TimeFirstBlock(nn.Module):
+    """Attends within each frame; takes (time, batch, patches, width)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(24), timm.layers.Attention(24, 2), nn.LayerNorm(24)
+        self.mlp = timm.layers.Mlp(24, 48)
+
+    def forward(self, x_TBND: Tensor) -> Tensor:
+        x_TBND = x_TBND + self.attn(self.norm1(x_TBND).flatten(0, 1)).view(x_TBND.shape)
+        return x_TBND + self.mlp(self.norm2(x_TBND))
+
+
+class TimeFirst(nn.Module):
+    def __init__(self, *, reads_values: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 24, 8, 8), nn.Linear(24, 3)
+        self.blocks = nn.Sequential(TimeFirstBlock(), TimeFirstBlock())
+        self.reads_values = reads_values  # then it does not run on the meta device
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = torch.stack([self.stem(frame).flatten(2).mT for frame in video.unbind(2)])
+        factor = float(video.isfinite().all()) if self.reads_values else 1.0
+        logits: Tensor = self.head(factor * self.blocks(x).mean((0, 2)))
+        return logits
+
+
+@pytest.mark.parametrize("num_frames", [2, 4])
+@pytest.mark.parametrize("reads_values", [False, True])
+def test_the_batch_is_no_part_of_the_grid(num_frames: int, reads_values: bool) -> None:
+    sites = petune.find_sites(TimeFirst(reads_values=reads_values), example=torch.zeros(2, 3, num_frames, 32, 32))
+    assert len(sites.blocks) == 2
+    assert sites.grid_size is None
