@@ -155,8 +155,8 @@ def check_stream(model: nn.Module, sites: Sites, site: Site) -> Block | None:
         raise AttachError(f"the forward of {sites.model} does not call {site.path}. Use another method on this model")
     if calls[site.enter].count > calls[block.enter].count:
         raise AttachError(
-            f"{sites.model} calls {site.path} elsewhere, too, so an adapter for the stream at {site.where} would act at "
-            "several tensors. Use a method that reads the stream, such as adaptformer, or edits the layers inside"
+            f"{sites.model} calls {site.path} elsewhere, too, so an adapter for the stream at {site.where} would act "
+            "at several tensors. Use a method that reads the stream, such as adaptformer, or edits the layers inside"
         )
     stream = calls[site.enter].inputs[0]
     if not any(_share_memory(stream, x) for x in calls[block.enter].inputs):

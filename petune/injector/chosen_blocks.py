@@ -56,8 +56,8 @@ def refuse_shared_with_left_out(sites: Sites, shared: Set[nn.Module], modules: I
     if shared.isdisjoint(modules):
         return
     raise AttachError(
-        f"{site.where} ({site.role}) of {sites.model} is in blocks that were left out, too, and a change would act there. "
-        "Leave blocks out, or use a method that edits other sites, such as adaptformer"
+        f"{site.where} ({site.role}) of {sites.model} is in blocks that were left out, too, and a change would act "
+        "there. Leave blocks out, or use a method that edits other sites, such as adaptformer"
     )
 
 

@@ -291,7 +291,8 @@ class Placer:
         if twin is not None:
             raise AttachError(
                 f"{twin.role} and {site.role} of a block of {self.sites.model} are one module, {site.where}. An "
-                f"adapter for {site.role} would act at {twin.role}, too. Edit each of block.norms and block.branches once"
+                f"adapter for {site.role} would act at {twin.role}, too. Edit each of block.norms and "
+                "block.branches once"
             )
 
     def _host(self, site: Site) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Modules that several blocks, or several places of one block, share: an adapter acts where it was put, or is refused."""
+"""Modules that several blocks, or places of one block, share: an adapter acts where it is put, or is refused."""
 
 from __future__ import annotations
 
