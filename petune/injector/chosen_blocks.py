@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-
-from torch import nn
 
 from petune.base.block_choice import ALL
 from petune.base.errors import AttachError, SiteNotFound
 from petune.base.text import plural
-from petune.sites.site import Site, Sites
+from petune.sites.site import Sites
 
 if TYPE_CHECKING:
     from petune.injector.attachment import Attachment
@@ -39,26 +37,6 @@ def missing_sites_named(sites: Sites) -> Iterator[None]:
             f"site {role!r}. Leave them out with blocks={others}, or use a method that edits other sites",
             role=role,
         ) from error
-
-
-def refuse_shared_with_left_out(sites: Sites, shared: Set[nn.Module], modules: Iterable[nn.Module], site: Site) -> None:
-    """Refuse to change modules that a block which was left out calls, too.
-
-    Args:
-        sites: The chosen blocks.
-        shared: See `Sites.shared_with_left_out`.
-        modules: What would change.
-        site: The site that they are of.
-
-    Raises:
-        AttachError: One of them is shared.
-    """
-    if shared.isdisjoint(modules):
-        return
-    raise AttachError(
-        f"{site.where} ({site.role}) of {sites.model} is in blocks that were left out, too, and a change would act "
-        "there. Leave blocks out, or use a method that edits other sites, such as adaptformer"
-    )
 
 
 def check_follows_blocks(attachment: Attachment) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from petune.base.errors import SiteNotFound
-from petune.injector.chosen_blocks import refuse_shared_with_left_out
 from petune.injector.hooks.base import Holder
 from petune.injector.qkv import qkv_called
+from petune.injector.shared_modules import refuse_shared_with_left_out
 from petune.injector.trainable import added_to
 from petune.injector.transposed_linear import is_transposed_linear
 from petune.sites.layouts import is_pointwise

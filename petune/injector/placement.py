@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 from petune.base.errors import AttachError
 from petune.injector.attention import Attention
 from petune.injector.chain import check_stream, links_of
-from petune.injector.chosen_blocks import refuse_shared_with_left_out
 from petune.injector.edit_log import EditLog, Placed
 from petune.injector.hooks.around import Around, pass_on
 from petune.injector.hooks.base import Before, Holder, idempotent
@@ -22,6 +21,7 @@ from petune.injector.hooks.reading import Gather, Parallel
 from petune.injector.hooks.side import Side, SideStep
 from petune.injector.hooks.stream import Stream, let_readers_keep_copies
 from petune.injector.qkv import qkv_readers
+from petune.injector.shared_modules import refuse_shared
 from petune.injector.sparse import SparseParameters
 from petune.injector.trainable import CONTAINERS, added_to, host_for, open_trainable_state
 from petune.injector.zero_entries import ZeroEntries
@@ -49,7 +49,7 @@ class Placer:
         Raises:
             AttachError: It would act in two blocks that share a module.
         """
-        self._refuse_shared(passed[-1])
+        refuse_shared(self.sites, self._shared, passed[-1])
         host = self._host(near)
         role = "" if isinstance(near, Block) else f"_{near.role}"
         attribute = _free_name(host, f"petune_{self.log.label}{role}")
@@ -279,22 +279,6 @@ class Placer:
         if attention.qkv_bias_separate is False or attention in state.qkv_users:
             self.toggle(lambda on: state.use_qkv_module(attention, name, on), on=False)
 
-    def _refuse_shared(self, site: Site) -> None:
-        refuse_shared_with_left_out(self.sites, self._shared, (site.enter, site.exit), site)
-        owner = self.sites.first_owner(site)
-        if owner is not None:
-            raise AttachError(
-                f"two blocks of {self.sites.model} share {site.where} ({site.role}). An adapter for one of them would "
-                "act in both. Use a method that edits the layers inside, such as lora, or one that edits other sites"
-            )
-        twin = _twin(self.sites, site)
-        if twin is not None:
-            raise AttachError(
-                f"{twin.role} and {site.role} of a block of {self.sites.model} are one module, {site.where}. An "
-                f"adapter for {site.role} would act at {twin.role}, too. Edit each of block.norms and "
-                "block.branches once"
-            )
-
     def _host(self, site: Site) -> nn.Module:
         """Return the site's block for a block, else the module around the site; never a container of children."""
         if isinstance(site, Block):
@@ -308,13 +292,6 @@ class Placer:
         for module in (site.exit, self.model):
             yield from (p for p in module.parameters() if p.ndim > 1)
             yield from module.parameters()
-
-
-def _twin(sites: Sites, site: Site) -> Site | None:
-    """Return the site of another role, listed before `site` in its block, that is the same module."""
-    block = next((b for b in sites.blocks if any(part is site for part in b.inner_sites)), None)
-    same = [s for s in block.inner_sites if s.exit is site.exit and not s.read_only] if block is not None else []
-    return same[0] if same and same[0].role != site.role and not site.read_only else None
 
 
 def _common(paths: Sequence[str]) -> str:
