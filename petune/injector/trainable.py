@@ -18,6 +18,7 @@ from petune.injector.bank_hold import BankHold
 from petune.injector.frozen_values import FrozenValues
 from petune.injector.hooks.base import Holder
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
+from petune.injector.hooks.nested_encoder import NestedEncoders
 from petune.injector.keys import BufferOwner, named_parameters
 from petune.injector.trained_parts import TensorValues, TrainedParts
 from petune.sites.random_draws import RandomDraws, find_random_draws
@@ -56,7 +57,7 @@ class TrainableState(nn.Module):
         self._modes = tuple((m, m.training) for m in model.modules())
         self._values = FrozenValues(model)
         self._active_draws = self._silent_draws = RandomDraws()
-        self._layer_hooks = LayerCheckpointing(model).hook()
+        self._layer_hooks = [*LayerCheckpointing(model).hook(), *NestedEncoders(model).hook()]
 
     @property
     def model(self) -> nn.Module:

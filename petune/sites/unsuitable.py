@@ -109,6 +109,12 @@ def advice_for(model: nn.Module) -> str:
 def why_method_fails(model: nn.Module, error: Exception) -> str:
     """Return why the forward of a model fails with a method attached, and what to do, for messages."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    encoders = [path for path, m in model.named_modules() if getattr(m, "use_nested_tensor", False)]
+    if encoders and "ested" in reason:
+        return (
+            f"{encoders[0]} packs tokens with a padding mask into a nested tensor, which the method cannot read. "
+            f"Set model.{encoders[0]}.use_nested_tensor = False before attaching"
+        )
     quantized = quantized_kind(model)
     if not quantized:
         return f"{reason}. Use another method on this model"

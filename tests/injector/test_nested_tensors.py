@@ -93,6 +93,7 @@ def navit(*, always_nested: bool) -> NaViT:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:MaskedEncoder reads the weights:UserWarning")  # of torch's attention
 @pytest.mark.parametrize("always_nested", [True, False])
 @pytest.mark.parametrize("method", sampled(METHODS, lambda method: method in SAMPLE))
 @torch.no_grad()
@@ -114,3 +115,37 @@ def test_a_method_computes_with_nested_tensors_or_is_refused(method: str, always
         assert not att.tuned or not torch.allclose(alone, plain, atol=1e-3)
     att.detach()
     assert torch.equal(model(IMAGES), plain)
+
+
+class MaskedEncoder(nn.Module):
+    """Torch's own encoder, which packs tokens with a padding mask into a nested tensor where nothing trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(D, 2, 2 * D, 0.0, batch_first=True)
+        self.stem, self.encoder, self.head = nn.Linear(8, D), nn.TransformerEncoder(layer, 2), nn.Linear(D, 3)
+
+    def forward(self, patches: Tensor, is_padding: Tensor) -> Tensor:
+        x_BND = self.encoder(self.stem(patches), src_key_padding_mask=is_padding)
+        logits: Tensor = self.head(x_BND.masked_fill(is_padding[..., None], 0).sum(1))
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:MaskedEncoder reads the weights:UserWarning")  # of torch's attention
+@pytest.mark.parametrize("method", ["lora", "partial", "adaptformer", "vpt", "lst"])
+def test_a_frozen_encoder_of_torch_trains_with_a_padding_mask_or_is_refused(method: str) -> None:
+    torch.manual_seed(0)
+    model = MaskedEncoder()
+    example = {"patches": torch.randn(2, 6, 8), "is_padding": torch.tensor([[False] * 6, [False] * 4 + [True] * 2])}
+    if method not in {"lora", "partial"}:  # torch's packed tokens pass no hook
+        with pytest.raises(petune.AttachError, match="nested"):
+            petune.attach(model, method, example=example)
+        model.encoder.use_nested_tensor = False
+    petune.attach(model, method, example=example)
+    model.train()
+    model(**example).sum().backward()
+    with torch.no_grad():
+        without_gradients = model.eval()(**example)
+    torch.testing.assert_close(model(**example), without_gradients)
+    assert model.encoder.use_nested_tensor == (method in {"lora", "partial"})
