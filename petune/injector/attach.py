@@ -23,6 +23,7 @@ from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen_beside_head import (
     check_new_weights,
+    warn_of_further_norms,
     warn_of_layers_before_head,
     warn_of_layers_outside_blocks,
     warn_of_shared_head,
@@ -115,6 +116,7 @@ def attach(
             warn_of_shared_head(attachment)
             check_used(attachment)
             warn_of_layers_outside_blocks(attachment)
+            warn_of_further_norms(attachment)
             forget_forwards(edit)
         except BaseException:
             log.undo()

@@ -87,6 +87,22 @@ def warn_of_layers_outside_blocks(attachment: Attachment) -> None:
     )
 
 
+def warn_of_further_norms(attachment: Attachment) -> None:
+    """Warn of norms after the last block, if a method acts on the norms of blocks and not on these."""
+    sites, log = attachment.sites, attachment.edit_log
+    norms = {norm.enter for block in sites.blocks for norm in block.norms}
+    trained = {id(p) for p in attachment.tuned.values()}
+    placed = {passed[-1].exit for _, passed in log.placed}
+    acts = not norms.isdisjoint(placed) or any(id(p) in trained for m in norms for p in m.parameters())
+    left = [path for path in sites.further_norms if not any(is_within(key, path) for key in attachment.tuned)]
+    if acts and left and sites.chosen_from is None:
+        warnings.warn(
+            f"{attachment.name} leaves norms after the last block of {sites.model} as they are: {', '.join(left)}. To "
+            "train them, name them with the heads: head=[…]",
+            stacklevel=3,
+        )
+
+
 def _edited_blocks(attachment: Attachment) -> set[int]:
     """Return the indices of the blocks with an adapter or a matrix that trains; biases and norms are elsewhere, too."""
     trained = {id(p) for p in attachment.tuned.values() if p.ndim >= 2}

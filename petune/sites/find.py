@@ -23,6 +23,7 @@ from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import IMAGES, make_site
 from petune.sites.norms import is_norm
 from petune.sites.outside_blocks import layers_outside_blocks
+from petune.sites.parallel_norms import norms_at_end, with_effect
 from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites, Tower, is_within
 from petune.sites.towers import calls_after, last_calls, rows_of
@@ -132,6 +133,11 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
     rows = rows_of(trace, blocks)
     others = layers_outside_blocks(trace, blocks, head) if blocks else {}
     norms = [_used(model, norm, spec) for norm in _final_norms(trace, rows, head, others)] if blocks else []
+    further: tuple[str, ...] = ()
+    if len(norms) == 1:
+        norms[0], further = _of_parallel(
+            model, trace, spec, norms[0], norms_at_end(trace, rows[0][-1], head, _without(trace, others))
+        )
     several = len(rows) > 1
     towers = [Tower(blocks=tuple(row), norm=norm) for row, norm in zip(rows, norms, strict=True)] if several else []
     norm = norms[0] if len(norms) == 1 else None
@@ -143,6 +149,7 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
         parts={part.role: part for part in parts if part is not None},
         beside_head=heads.beside,
         outside_blocks=others,
+        further_norms=further,
         num_prefix_tokens=num_prefix_tokens,
         embed_dim=blocks[-1].dim if blocks else 0,
         grid_size=grid,
@@ -152,6 +159,32 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
         num_outputs=sum(y.is_floating_point() for y in trace.outputs),
         draws_nothing=trace.draws_nothing,
     )
+
+
+def _without(trace: Trace, others: Iterable[str]) -> list[Call]:
+    return [c for c in trace.calls if not any(is_within(c.path, path) for path in others)]
+
+
+def _of_parallel(
+    model: nn.Module, trace: Trace, spec: InputSpec, norm: Site | None, norms: Sequence[Call]
+) -> tuple[Site | None, tuple[str, ...]]:
+    """Return the final norm, or another one next to it if no output reads it, and paths of further ones that are read.
+
+    Args:
+        model: The model.
+        trace: Its forward.
+        spec: What it takes.
+        norm: The final norm, None if one of several heads reads the blocks themselves.
+        norms: Those that read the last block.
+    """
+    if not norms or (len(norms) == 1 and norm is not None):
+        return norm, ()
+    read = {*with_effect(model, spec, [c.module for c in norms])}
+    live = [c for c in norms if c.module in read]
+    is_idle = norm is not None and any(c.module is norm.enter for c in norms) and norm.enter not in read
+    if is_idle and live:
+        norm = _norm_site(trace, live[-1])
+    return norm, tuple(c.path for c in live if norm is None or c.module is not norm.enter)
 
 
 def _used(model: nn.Module, norm: Site | None, spec: InputSpec) -> Site | None:
@@ -191,7 +224,7 @@ def _final_norms(trace: Trace, rows: list[list[Block]], head: Site | None, other
         head: The classifier.
         others: Paths of attentions and MLPs outside of the blocks, whose norms are their own.
     """
-    calls = [c for c in trace.calls if not any(is_within(c.path, path) for path in others)]
+    calls = _without(trace, others)
     if len(rows) == 1:
         return [_final_norm(trace, end_of(trace, rows[0]), head, calls)]
     ends = [end_of(trace, row[-1:]) for row in rows]

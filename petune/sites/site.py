@@ -42,6 +42,7 @@ class Sites:
             backbone.
         outside_blocks: Paths of attentions and MLPs that are in no block and no head, each with the index of the last
             block that begins before its last call.
+        further_norms: Paths of norms of the last block's tokens that are not `norm`, such as one that some heads read.
         chosen_head: Paths of the heads that `find_sites` was given; None if it found the heads itself.
         all_blocks: The model's blocks, also those that were left out by `only` or `dataclasses.replace(sites,
             blocks=…)`.
@@ -62,6 +63,7 @@ class Sites:
     grid_size: tuple[int, ...] | None
     beside_head: tuple[str, ...] = ()
     outside_blocks: Mapping[str, int] = field(default_factory=dict)
+    further_norms: tuple[str, ...] = ()
     chosen_head: tuple[str, ...] | None = None
     all_blocks: tuple[Block, ...] = ()
     within: str = ""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import timm
+import torch
 import torchvision
 import transformers
 from torch import Tensor, nn
@@ -137,3 +138,41 @@ def test_a_norm_that_the_logits_do_not_depend_on_is_not_found(name: str) -> None
 
 def test_clips_norm_is_found_where_the_pooled_token_is_read() -> None:
     assert petune.find_sites(Clip(pooled=True)).norm.path.endswith("post_layernorm")
+
+
+class TwoNorms(nn.Module):
+    """A norm for the first token, another for the patches; and a head for either."""
+
+    image_size = 16
+
+    def __init__(self, for_patches: bool, last_norm: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=True)
+        self.first, self.patches = nn.LayerNorm(8), nn.LayerNorm(8) if last_norm else nn.Identity()
+        self.head, self.dense = nn.Linear(8, 3), nn.Linear(8, 2) if for_patches else None
+
+    def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x_BND = self.block(self.stem(x_BCHW).flatten(2).mT)
+        dense = None if self.dense is None or isinstance(self.patches, nn.LayerNorm) else self.dense(x_BND)
+        x_BND = torch.cat([self.first(x_BND[:, :1]), self.patches(x_BND[:, 1:])], 1)
+        if self.dense is None:
+            return self.head(x_BND[:, 0])
+        return self.head(x_BND[:, 0]), self.dense(x_BND[:, 1:]) if dense is None else dense
+
+
+def test_of_two_norms_the_one_that_the_logits_read_is_the_final_norm() -> None:
+    model = TwoNorms(for_patches=False).eval()
+    nn.init.zeros_(model.head.weight)  # no gradient tells
+    sites = petune.find_sites(model)
+    assert (sites.norm.path, sites.further_norms) == ("first", ())
+
+
+@pytest.mark.parametrize("last_norm", [True, False])
+def test_a_norm_before_one_of_several_heads_is_named(last_norm: bool) -> None:
+    model = TwoNorms(for_patches=True, last_norm=last_norm).eval()
+    with pytest.warns(UserWarning, match=r"partial leaves norms .* as they are: first\."):
+        att = petune.attach(model, "partial")
+    assert att.sites.parts.keys() & {"norm"} == ({"norm"} if last_norm else set())
+    att.detach()
+    petune.attach(model, "adaptformer", bottleneck=2)  # edits no norm, so it names none
