@@ -175,9 +175,14 @@ class Block(Site):
         several = [site.where for site in self.branches if site.role == role]
         missing = f"{len(several)} sites {role!r} ({', '.join(several)}), not one" if several else f"no site {role!r}"
         if role == "mid" and "mlp" not in self.parts and all(site.role != "mlp" for site in self.branches):
-            missing += " (petune saw no MLP in it)"
+            missing += (
+                " (petune saw no MLP in it that is modules of its own: it may be fused with the attention, or experts)"
+            )
         elif role == "mid":
-            missing += " (petune saw no stream between attention and MLP to which the MLP's output is added)"
+            missing += " (petune saw no stream between attention and MLP to which the MLP's output is added"
+            missing += (
+                ")" if self.is_module else "; the block is no module, and factors of its parent are not followed)"
+            )
         before_mlp = self.parts.get("norm2") or self.parts.get("attn")
         keeps_width = before_mlp is None or "mlp" not in self.parts or before_mlp.dim == self.parts["mlp"].dim
         is_readable = role == "mid" and "mlp" in self.parts and keeps_width

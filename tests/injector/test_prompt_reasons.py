@@ -118,3 +118,37 @@ class Numbering(nn.Module):
 def test_relative_positions_that_a_block_is_given_are_refused(deep: bool) -> None:
     with pytest.raises(petune.AttachError, match=r"relative positions of its tokens as whole numbers \(argument 1\)"):
         petune.attach(model_with(None, Numbering), "vpt", deep=deep)
+
+
+class OfList(nn.Module):
+    """A block that takes what the blocks before it returned, as a list."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, history: list[Tensor]) -> Tensor:
+        x: Tensor = history[-1]
+        x = x + self.inner.attn(self.inner.norm1(x))
+        return x + self.inner.mlp(self.inner.norm2(x))
+
+
+class OverLists(nn.Module):
+    image_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = tiny().blocks
+        self.stem, self.blocks = nn.Conv2d(3, 24, 4, 4), nn.ModuleList(OfList(block) for block in inner)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        history = [self.stem(x).flatten(2).mT]
+        for block in self.blocks:
+            history.append(block(history))
+        return self.head(history[-1].mean(1))
+
+
+def test_a_block_that_takes_a_list_is_refused_with_that() -> None:
+    with pytest.raises(petune.AttachError, match="cannot take prompts: it is called with a list"):
+        petune.attach(OverLists().eval(), "vpt")

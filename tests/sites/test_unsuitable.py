@@ -92,7 +92,7 @@ class Bottleneck(nn.Module):
 
 def test_a_block_without_an_mlp_is_said_to_have_none() -> None:
     stem, head = nn.Conv2d(3, 24, 4, 4), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 3))
-    with pytest.raises(SiteNotFound, match=r"no site 'mid' \(petune saw no MLP in it\)"):
+    with pytest.raises(SiteNotFound, match=r"no site 'mid' \(petune saw no MLP in it"):
         petune.attach(nn.Sequential(stem, Bottleneck(), head), "adaptformer", input_size=(3, 16, 16))
 
 

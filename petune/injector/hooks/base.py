@@ -191,7 +191,11 @@ def first_tensor(args: Args, kwargs: Mapping[str, Any]) -> Tensor:
     for value in (*args[:1], *kwargs.values()):
         if isinstance(value, Tensor):
             return value
-    raise AttachError("an edited module was called without a tensor as its first argument. Edit another site")
+    given = f"a {type(args[0]).__name__}" if args else "no positional argument"
+    raise AttachError(
+        f"an edited module was called with {given}, not a tensor. Use a method that edits other sites, such as "
+        "lora, or let the module take the tokens as its first argument"
+    )
 
 
 def with_first_tensor(args: Args, kwargs: Kwargs, x: Tensor) -> tuple[Args, Kwargs]:

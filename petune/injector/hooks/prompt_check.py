@@ -56,7 +56,11 @@ class PromptCheck:
         call = self._calls[block.enter]
         if call.num_rows == 1:
             raise prompts_refused(block, self.sites, "puts all images of a batch into one row of tokens")
-        index = 0 if enters_attention_only(block, self.sites) else self.sites.num_prefix_tokens
+        inside = enters_attention_only(block, self.sites)
+        if not inside and not any(isinstance(x, Tensor) for x in (*call.args[:1], *call.kwargs.values())):
+            given = type(next(iter(call.args), None)).__name__
+            raise prompts_refused(block, self.sites, f"is called with a {given}, not with a tensor of tokens")
+        index = 0 if inside else self.sites.num_prefix_tokens
         slot = PromptSlot(index, num_prompts, call.num_tokens)
         numbered = numbered_pairs(call, slot, paddings(block, self.sites))
         if numbered is not None:
