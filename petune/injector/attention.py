@@ -121,15 +121,17 @@ def _part(name: str, operand: Tensor, recorded: _Recorded, layers: Sequence[Site
     """Return the part of a layer's output that q, k or v is made of."""
     outputs = [recorded.outputs[layer.module] for layer in layers if layer.module in recorded.outputs]
     called = [layer for layer in layers if layer.module in recorded.outputs]
+    grads: Sequence[Tensor | None] = ()
     with torch.inference_mode(False), torch.enable_grad():
         weights = torch.linspace(1, 2, operand.numel()).view_as(operand)  # a plain sum is constant behind a norm
         total = (operand * weights.to(operand)).sum()
-        grads = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
-    found = [(layer, g) for layer, g in zip(called, grads, strict=True) if g is not None and bool(g.any())]
+        if outputs and total.requires_grad:
+            grads = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
+    found = [(layer, g) for layer, g in zip(called, grads, strict=False) if g is not None and bool(g.any())]
     if not found:
         raise AttachError(
-            f"{name} of {site.where} comes from no linear layer that the forward calls. Use a method that edits whole "
-            "attentions"
+            f"{name} of {site.where} comes from no linear layer that the forward calls (it may read the weights "
+            "without calling the layer). Use a method that edits whole attentions, such as adaptformer"
         )
     layer, gradient = found[-1]  # the last layer before it
     is_image = isinstance(layer.module, nn.modules.conv._ConvNd)

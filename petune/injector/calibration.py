@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from petune.sites.site import Site
 OTHER_SPLITS = {"val", "valid", "validation", "test", "testing"}
 """Values of an attribute `split` of a dataset whose images must not choose what trains."""
 
+SAME_ROWS = 0.05
+"""Largest difference of equal rows in batches of two sizes, relative to the largest value: half precision rounds."""
+Read = Callable[[int, Site, dict[int, Tensor]], Any]
+"""Puts a hook at a site, which keeps what it reads by the site's number."""
 Loss = Callable[[Any, Any], Tensor]
 """Maps the model's output and the target of a batch to a scalar."""
 
@@ -49,34 +53,41 @@ class CalibrationBatch:
         return self.compute_loss(self.run(), self.target)
 
     def entering(self, sites: Sequence[Site]) -> list[Tensor]:
-        """Run the model and return what enters each site, (B, …, D)."""
-        found: dict[int, Tensor] = {}
+        """Run the model and return what enters each site, (B, …, D), also where an image is several rows (windows)."""
 
-        def read(index: int, site: Site) -> Any:
+        def read(index: int, site: Site, found: dict[int, Tensor]) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 found[index] = to_channels_last(first_tensor(args, kwargs), site.layout)
 
             return site.enter.register_forward_pre_hook(hook, with_kwargs=True)
 
-        return self._run_with(read, sites, found)
+        return self._by_image(read, sites)
 
     def leaving(self, sites: Sequence[Site]) -> list[Tensor]:
         """Run the model and return what leaves each site, (B, …, D)."""
-        found: dict[int, Tensor] = {}
 
-        def read(index: int, site: Site) -> Any:
+        def read(index: int, site: Site, found: dict[int, Tensor]) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 y = part_of(next(tensors_in(output)), site.part, site.layout)
                 found[index] = to_channels_last(y, site.layout)
 
             return site.exit.register_forward_hook(hook)
 
-        return self._run_with(read, sites, found)
+        return self._by_image(read, sites)
 
-    def _run_with(
-        self, read: Callable[[int, Site], Any], sites: Sequence[Site], found: dict[int, Tensor]
-    ) -> list[Tensor]:
-        handles = [read(index, site) for index, site in enumerate(sites)]
+    def _by_image(self, read: Read, sites: Sequence[Site]) -> list[Tensor]:
+        """Run the model and return what is read, with the rows of one image together."""
+        found = self._run_with(read, sites)
+        images = self.inputs
+        if not isinstance(images, Tensor) or all(len(y) == len(images) for y in found):
+            return found
+        with torch.no_grad():
+            first = replace(self, inputs=images[:1])._run_with(read, sites)
+        return [_rows_by_image(*item, len(images)) for item in zip(sites, found, first, strict=True)]
+
+    def _run_with(self, read: Read, sites: Sequence[Site]) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        handles = [read(index, site, found) for index, site in enumerate(sites)]
         try:
             self.run()
         finally:
@@ -86,6 +97,23 @@ class CalibrationBatch:
         if missing:
             raise UsageError(f"calibrate reads {missing[0]}, which the forward does not pass. Read another site")
         return [found[index] for index in range(len(sites))]
+
+
+def _rows_by_image(site: Site, y: Tensor, first: Tensor, num_images: int) -> Tensor:
+    """Return (B, …) of (B · rows, …), if the first image's rows, known from a forward of it alone, are the first ones.
+
+    Raises:
+        UsageError: They are not.
+    """
+    if len(y) == num_images:
+        return y
+    rows = len(first)
+    limit = SAME_ROWS * float(first.abs().max())
+    if len(y) != rows * num_images or not bool(((y[:rows].detach() - first).abs() <= limit).all()):
+        raise UsageError(
+            f"calibrate reads {site.where}, whose rows are not those of one image after the other. Read another site"
+        )
+    return y.unflatten(0, (num_images, rows))
 
 
 class CalibrationBatches:

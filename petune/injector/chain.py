@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +95,9 @@ def links_of(model: nn.Module, sites: Sites, given: Sequence[Site]) -> tuple[tup
     if not chain or any(site.exit not in passed for site in given):
         where = first.where if len(given) == 1 else f"{first.path} … {last.exit_path}"
         raise AttachError(
-            f"around needs modules that {sites.model} calls one after another, but its own code does something between "
-            f"those of {where}. Use a smaller site, or parallel, before and after"
+            f"{sites.model} computes something between the modules of {where} in its own code, so no adapter can be "
+            "around all of them. Use another method on this model; in a method of your own, a smaller site, or "
+            "parallel, before and after"
         )
     for call in chain:
         _check_can_pass_on(call, chain[0], sites)
@@ -124,16 +126,35 @@ def _check_can_pass_on(call: Called, first: Called, sites: Sites) -> None:
     """
     name = type(call.module).__name__
     if call.returned is None:
-        raise AttachError(f"around cannot surround {name} of {sites.model}: it returns no tensor. Use another site")
+        raise AttachError(
+            f"no adapter can be around {name} of {sites.model}, which returns no tensor. Use another method on this "
+            "model; in a method of your own, another site"
+        )
     own = [x for value in _further(call) for x in tensors_in(value)]
     shared = (
         [x for value in _further(first) for x in tensors_in(value)] if type(call.module) is type(first.module) else []
     )
-    if call is not first and any(all(x is not y for y in [*shared, *call.inputs[:1]]) for x in own):
+    takes_tensors = any(all(x is not y for y in [*shared, *call.inputs[:1]]) for x in own)
+    values = _other_values(call)
+    same_values = _other_values(first) if type(call.module) is type(first.module) else {}
+    if call is not first and (takes_tensors or values != same_values):
+        further = "further tensors of its own, such as a mask" if takes_tensors else ", ".join(values or same_values)
         raise AttachError(
-            f"around cannot surround {name} of {sites.model} together with modules before it: it takes further tensors "
-            "of its own, such as a mask. Use single sites"
+            f"no adapter can be around {name} of {sites.model} and modules before it, because it takes {further}, "
+            "which these do not. Use another method on this model; in a method of your own, single sites"
         )
+
+
+def _other_values(call: Called) -> dict[str, Any]:
+    """Return by name the further arguments that are neither tensors nor what the forward takes by default."""
+    try:
+        bound = inspect.signature(type(call.module).forward).bind(call.module, *call.args, **call.kwargs)
+    except (TypeError, ValueError):  # a forward in C, or one that was replaced
+        return {}
+    defaults = {name: parameter.default for name, parameter in bound.signature.parameters.items()}
+    given = [*bound.arguments.items()][2:]  # the module itself, and what flows through it
+    plain = {name: value for name, value in given if value is not None and not [*tensors_in(value)]}
+    return {name: value for name, value in plain.items() if value is not defaults[name] and value != defaults[name]}
 
 
 def check_stream(model: nn.Module, sites: Sites, site: Site) -> Block | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from petune.base.errors import AttachError
+from petune.base.errors import AttachError, PetuneError
 from petune.sites.file_values import read_layer_by_layer
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.returned import attributes_of
@@ -49,6 +49,8 @@ def dry_forward(model: nn.Module, spec: InputSpec, watch: Watch = contextlib.nul
     try:
         with undisturbed(model), torch.no_grad():
             return _on_black_image(model, spec, watch)
+    except PetuneError:  # of an adapter, which says what to do
+        raise
     except Exception as error:
         raise AttachError(
             f"the forward of {type(model).__name__} fails on {spec}: {type(error).__name__}: {error}. "

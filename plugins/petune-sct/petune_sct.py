@@ -112,7 +112,7 @@ class SCT(petune.Tuner[SCTConfig]):
         """Return the patches that channels are chosen on in each block, (B, N, D)."""
         of_stream = self.config.place == "attn"
         found = batch.entering([b.mid for b in self.blocks]) if of_stream else batch.leaving(self.blocks)
-        return [y[:, self.prefix :] if y.ndim == 3 else y.flatten(1, -2) for y in found]
+        return [y[..., self.prefix :, :].flatten(1, -2) for y in found]
 
     def width(self, block: petune.Block) -> int:
         """Return K in a block."""

@@ -287,5 +287,5 @@ def test_a_model_without_attention_or_with_windows_is_refused() -> None:
         depths=[2],
         num_heads=[2],
     )
-    with pytest.raises(AttachError, match="SwinTransformer"):
+    with pytest.raises(AttachError, match="WindowAttention takes no further keys"):
         petune.attach(swin, Custom(with_keys), name="keys")

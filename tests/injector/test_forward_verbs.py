@@ -342,7 +342,7 @@ BAD: dict[str, tuple[Callable[[petune.Edit], Any], str]] = {
     "a stream at no site": (lambda e: e.stream(e.model.norm, Add(1.0)), "takes a site"),
     "around a stream": (lambda e: e.around(e.sites.blocks[0].mid, Twice()), "tensor between modules"),
     "around what does not follow": (
-        lambda e: e.around([e.sites.blocks[0].attn, e.sites.blocks[0].mlp], Twice()), "does something between",
+        lambda e: e.around([e.sites.blocks[0].attn, e.sites.blocks[0].mlp], Twice()), "computes something between",
     ),
     "around nothing": (lambda e: e.around([], Twice()), "no site"),
     "what leaves a stream": (

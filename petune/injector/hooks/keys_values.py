@@ -76,8 +76,17 @@ class KeysValues(Holder):
             raise AttachError("keys and values cannot be added to nested tensors. Use images of one size")
         keys, values = self.pair(x_BND)
         appended = Appended(keys, values, self.head_dims, x_BND.shape[1:-1].numel())
-        with appended:
-            output = original(*args, **kwargs)
+        try:
+            with appended:
+                output = original(*args, **kwargs)
+        except RuntimeError as error:
+            if not appended.has_keys or appended.done or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise AttachError(
+                f"{type(module).__name__} takes no further keys and values: its own code reshapes or masks the "
+                f"products of q and k for as many keys as tokens, as windows that are shifted do ({error}). Use "
+                "another method, such as adaptformer"
+            ) from error
         if not appended.done:
             raise AttachError(
                 f"{type(module).__name__} did not attend to the keys and values that were added: it computes attention "
