@@ -113,7 +113,7 @@ def _rows_by_image(site: Site, y: Tensor, first: Tensor, num_images: int) -> Ten
         raise UsageError(
             f"calibrate reads {site.where}, whose rows are not those of one image after the other. Read another site"
         )
-    return y.unflatten(0, (num_images, rows))
+    return y.reshape(num_images, rows, *y.shape[1:])
 
 
 class CalibrationBatches:
