@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Set
 
 from torch import nn
 
@@ -56,17 +57,32 @@ def _is_same(path: str, other: str) -> bool:
 
 
 def warn_of_shared_head(attachment: Attachment) -> None:
-    """Warn if a head that trains shares tensors with a block: training it changes the block, too."""
+    """Warn if a head that trains shares tensors with a block or an embedding: training it changes that, too."""
+    model, sites = attachment.model, attachment.sites
     in_head = {id(p): key for key, p in attachment.head.items()}
-    own = {id(m) for module in attachment.tensors.head_modules for m in module.modules()}
-    in_blocks = {m for block in attachment.sites.all_blocks for bound in block.modules for m in bound.modules()}
-    shared = [in_head[id(p)] for m in in_blocks if id(m) not in own for p in m._parameters.values() if id(p) in in_head]
-    if shared:
-        warnings.warn(
-            f"the head of {attachment.sites.model} shares {', '.join(sorted(shared)[:3])} with a block, so training it "
-            "changes the block, too. Use train_head=False, or give the head weights of its own",
-            stacklevel=3,
-        )
+    own = {m for module in attachment.tensors.head_modules for m in module.modules()}
+    keys = {m: [in_head[id(p)] for p in m._parameters.values() if id(p) in in_head] for m in {*model.modules()} - own}
+    sharing = {m for m, shared in keys.items() if shared}
+    in_blocks = {m for block in sites.all_blocks for bound in block.modules for m in bound.modules()}
+    before = _called_before(model, sites, sharing - in_blocks, own)
+    others = [path for path, m in model.named_modules() if m in before]
+    shared = sorted({key for m in sharing & in_blocks for key in keys[m]})
+    for named, where in ((shared, "a block"), (others, others[0] if others else "")):
+        if named:
+            warnings.warn(
+                f"the head of {sites.model} shares {', '.join(named[:3]) if named is shared else 'weights'} with "
+                f"{where}, so training it changes that, too. Use train_head=False, or give the head weights of its own",
+                stacklevel=3,
+            )
+
+
+def _called_before(model: nn.Module, sites: Sites, modules: Set[nn.Module], head: Set[nn.Module]) -> set[nn.Module]:
+    """Return those of some modules that a forward calls before the head, such as the embedding of its inputs."""
+    if not modules:
+        return set()
+    calls = record_calls(model, sites.input_spec, {*modules, *head})
+    start = min((call.start for m, call in calls.items() if m in head), default=0)
+    return {m for m in modules if m in calls and calls[m].start < start}
 
 
 def warn_of_layers_outside_blocks(attachment: Attachment) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -123,6 +124,26 @@ def test_a_head_that_shares_its_weights_with_a_block_is_told() -> None:
     shared.weight = model.body.blocks[1].attn.proj.weight
     with pytest.warns(UserWarning, match="shares"):
         petune.attach(model, "linear")
+
+
+class Captions(nn.Module):
+    """Predicts words by the embedding that its inputs are looked up in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(5, 24), nn.Linear(24, 5, bias=False)
+        self.blocks = nn.Sequential(*(timm.models.vision_transformer.Block(24, 2) for _ in range(2)))
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(self.words(ids)))
+        return logits
+
+
+def test_a_head_that_shares_its_weights_with_the_embedding_of_the_inputs_is_told() -> None:
+    with pytest.warns(UserWarning, match="shares weights with words"):
+        petune.attach(Captions(), "adaptformer", example=torch.zeros(2, 6, dtype=torch.long))
+    petune.attach(Captions(), "adaptformer", example=torch.zeros(2, 6, dtype=torch.long), train_head=False)
 
 
 def test_a_tower_is_chosen_in_the_method_text(tmp_path: Path) -> None:
