@@ -71,6 +71,7 @@ METHODS = ["adaptformer", "vpt", "vpt:deep=false", "lora", "lst", "ssf", "full"]
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:.*reads the weights of layers in its blocks")
 @pytest.mark.filterwarnings("ignore:.*Further layers that the predictions depend on")
+@pytest.mark.filterwarnings("ignore:.* as they are: ")  # attentions, MLPs and norms in no block
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in LARGE])
 def test_with_a_method_a_model_returns_as_many_tensors_of_the_same_shapes(family: str, method: str) -> None:
