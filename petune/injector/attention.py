@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError, PetuneError
+from petune.injector.hooks.torch_attention import MULTI_HEAD, Projections
 from petune.injector.qkv import qkv_called
 from petune.sites.forward import device_of, dtype_of, tensors_in
 from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Block, Site, Sites
 from petune.sites.undisturbed import undisturbed
 
-SDPA, MULTI_HEAD = "scaled_dot_product_attention", "multi_head_attention_forward"
+SDPA = "scaled_dot_product_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,9 @@ class Attention:
 
     Attributes:
         site: The attention.
-        q, k, v: Sites of a layer's output, or of a part of it, which `after` and `parallel` can change. None in
-            torch's `nn.MultiheadAttention`, which reads the weights of q, k and v without calling a layer.
+        q, k, v: Sites of a layer's output, or of a part of it, which `after` and `parallel` can change. In torch's
+            `nn.MultiheadAttention`, which calls no such layer, it computes in steps while they are edited: the same up
+            to rounding. None where a module calls torch's function with weights of its own.
         num_heads: Heads of the queries.
         num_kv_heads: Heads of keys and values; fewer than `num_heads` where several heads share them.
         head_dim: Width of a head of queries and keys.
@@ -62,6 +64,7 @@ class _Recorded:
         outputs: What each linear layer inside returned.
         is_multi_head: True if torch's own attention computed it, from weights.
         num_heads: Of torch's own attention.
+        caller: The module of torch's own class that computed it.
     """
 
     operands: list[Tensor] = field(default_factory=list)
@@ -69,9 +72,12 @@ class _Recorded:
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     is_multi_head: bool = False
     num_heads: int = 0
+    caller: nn.Module | None = None
 
 
-def find_attention(model: nn.Module, sites: Sites, block: Block, layers: Sequence[Site]) -> Attention:
+def find_attention(
+    model: nn.Module, sites: Sites, block: Block, layers: Sequence[Site], known: dict[nn.Module, Projections]
+) -> Attention:
     """Return q, k and v of a block's attention.
 
     Args:
@@ -79,6 +85,7 @@ def find_attention(model: nn.Module, sites: Sites, block: Block, layers: Sequenc
         sites: Its sites.
         block: The block.
         layers: The linear layers that the forward calls inside the attention.
+        known: By attention of torch's own class, the layers that make q, k and v where they are edited. May grow.
 
     Raises:
         SiteNotFound: The block has no attention, or several.
@@ -92,9 +99,7 @@ def find_attention(model: nn.Module, sites: Sites, block: Block, layers: Sequenc
         )
     recorded = _record(model, sites, site, layers)
     if recorded.is_multi_head:
-        width = recorded.operands[0].shape[-1] // recorded.num_heads
-        sizes = {"num_heads": recorded.num_heads, "num_kv_heads": recorded.num_heads, "head_dim": width}
-        return Attention(site=site, q=None, k=None, v=None, v_head_dim=width, scale=width**-0.5, **sizes)
+        return _of_torch(model, site, recorded, known)
     if len(recorded.operands) != 3:
         raise AttachError(
             f"the attention {site.where} of {sites.model} computes no softmax of q · k over (B, heads, N, D) that "
@@ -115,6 +120,25 @@ def find_attention(model: nn.Module, sites: Sites, block: Block, layers: Sequenc
         v_head_dim=v.shape[-1],
         scale=scale,
     )
+
+
+def _of_torch(model: nn.Module, site: Site, recorded: _Recorded, known: dict[nn.Module, Projections]) -> Attention:
+    """Return torch's own attention, with layers for q, k and v that it calls once a verb has edited one of them."""
+    dim, caller = recorded.operands[0].shape[-1], recorded.caller
+    width = dim // recorded.num_heads
+    parts: list[Site | None] = [None] * 3
+    if caller is not None:
+        layers = known.setdefault(caller, Projections(caller))
+        path = next(name for name, m in model.named_modules() if m is caller).replace(".base_layer", "")
+        made = {"q": layers.q, "k": layers.k, "v": layers.v}
+        ends: list[dict[str, Any]] = [
+            {"role": name, "path": f"{path}.{name}", "enter": m, "exit_path": f"{path}.{name}", "exit": m}
+            for name, m in made.items()
+        ]
+        parts = [Site(dim=dim, layout="BNC", model=site.model, **end) for end in ends]
+    q, k, v = parts
+    sizes = {"num_heads": recorded.num_heads, "num_kv_heads": recorded.num_heads, "head_dim": width}
+    return Attention(site=site, q=q, k=k, v=v, v_head_dim=width, scale=width**-0.5, **sizes)
 
 
 def _part(name: str, operand: Tensor, recorded: _Recorded, layers: Sequence[Site], site: Site) -> Site:
@@ -162,7 +186,11 @@ def _record(model: nn.Module, sites: Sites, site: Site, layers: Sequence[Site]) 
         recorded.outputs[module] = output.detach().requires_grad_()
         return recorded.outputs[module].clone()  # the model may change it in place
 
+    def call(module: nn.Module, args: Any) -> None:
+        recorded.caller = recorded.caller if recorded.operands else module
+
     hooks = [
+        *(m.register_forward_pre_hook(call) for m in site.enter.modules() if isinstance(m, nn.MultiheadAttention)),
         site.enter.register_forward_pre_hook(start, with_kwargs=True),
         site.exit.register_forward_hook(stop, always_call=True),
         *(layer.module.register_forward_hook(keep) for layer in layers),

@@ -14,12 +14,15 @@ from petune.injector.hooks.around import Around
 from petune.injector.hooks.base import After, Before, idempotent, resting
 from petune.injector.hooks.keys_values import KeysValues
 from petune.injector.hooks.reading import Gather, Parallel
+from petune.injector.hooks.side import Side
 from petune.injector.hooks.spanning import Spanning, spans_blocks
+from petune.injector.hooks.torch_attention import Projections
 from petune.injector.layers import LayerFinder
 from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
 from petune.injector.sparse import SparseParameters
 from petune.injector.token_grid import TokenGrid, patch_convolution
+from petune.injector.trainable import open_trainable_state
 from petune.sites.required import (
     require_all_channels,
     require_block,
@@ -130,14 +133,15 @@ class Edit:
         """
         self._placer.around(site, adapter)
 
-    def side(self, sites: Sequence[Site], cell: nn.Module, *, leaving: bool = False) -> None:
+    def side(self, sites: Sequence[Site | Attention], cell: nn.Module, *, leaving: bool = False) -> None:
         """Run a side network: a state of its own, which one cell carries from site to site.
 
         Args:
             sites: Different modules of the model, such as all blocks, in the order of the forward.
             cell: Called at each site as `cell(state, x, index)`, with x what enters it, (..., D), and the state None at
                 index 0. Returns the next state, a tensor of any shape, and what is added to what leaves this site, or
-                None. To keep gradients out of the backbone, detach x and add at the last site only.
+                None. To keep gradients out of the backbone, detach x and add at the last site only. At an `attention`
+                x is the list of its keys and values, (B, heads, N, D) each, which further queries can attend to.
             leaving: Read what leaves each site instead.
         """
         self._placer.side(sites, cell, leaving=leaving)
@@ -231,8 +235,9 @@ class Edit:
             AttachError: No softmax of q · k was found there.
         """
         layers = self.linear_layers(require_block(block, "attention").attn, pointwise=True, transposed=True)
-        with resting(self.model, Around, KeysValues):
-            return find_attention(self.model, self.sites, block, layers)
+        known = open_trainable_state(self.model, self.sites).projections
+        with resting(self.model, Around, KeysValues, Projections, Side):
+            return find_attention(self.model, self.sites, block, layers, known)
 
     def input_linears(self, site: Site) -> tuple[Site, ...]:
         """Return those of `linear_layers(site)` that are called with exactly the tensor that enters the site."""

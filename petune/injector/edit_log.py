@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from petune.base.errors import NotMergeable
 from petune.injector.calibration import CalibrationState
 from petune.injector.hooks.base import After, Before, Holder
+from petune.injector.hooks.torch_attention import Projection
 from petune.injector.keys import BufferOwner
 from petune.injector.sparse import SparseParameters, full_gradients
 from petune.injector.zero_entries import ZeroEntries
@@ -134,7 +135,7 @@ class EditLog:
             reason = getattr(holder.adapter, "why_not_mergeable", None)
             if reason is None and not callable(getattr(holder.adapter, "merge", None)):
                 reason = "its adapter has no method merge(module)"
-            if reason is None and sites[-1].part is not None:
+            if reason is None and (sites[-1].part is not None or isinstance(sites[-1].exit, Projection)):
                 reason = "it changes a part of what a layer returns"
             if reason:
                 raise NotMergeable(f"{method} cannot be merged into the weights of {sites[-1].where}: {reason}")

@@ -122,10 +122,11 @@ class Placer:
         for module in dict.fromkeys(link.module for link in links):
             self.hook(module.register_forward_hook(holder.leave, always_call=True))
 
-    def side(self, sites: Sequence[Site], cell: nn.Module, *, leaving: bool) -> None:
+    def side(self, given: Sequence[Site | Attention], cell: nn.Module, *, leaving: bool) -> None:
         """See `Edit.side`."""
-        given = sites if isinstance(sites, Sequence) else [sites]
-        sites = [require_whole(require_editable(site, "side"), "side") for site in given]
+        given = given if isinstance(given, Sequence) else [given]
+        sites = [item.site if isinstance(item, Attention) else item for item in given]
+        sites = [require_whole(require_editable(site, "side"), "side") for site in sites]
         if not sites or len({site.exit for site in sites}) < len(sites):
             raise AttachError("side needs one site or more, each another module. Give the blocks that the cell reads")
         for site in sites:
@@ -136,7 +137,9 @@ class Placer:
         self.add(holder, sites[0], *sites)
         for index, site in enumerate(sites):
             step = SideStep(holder, index)
-            if not leaving:
+            if isinstance(given[index], Attention):
+                self.log.undo_steps.append(step.read_attention(_one_module(site)).remove)
+            elif not leaving:
                 self.hook(site.enter.register_forward_pre_hook(step.enter, with_kwargs=True))
             self.hook(site.exit.register_forward_hook(step.leave, prepend=True, always_call=True))
 
@@ -169,6 +172,23 @@ class Placer:
         self.log.enable_checks.append(lambda: self._refuse_other_keys(holder))
         holder.put()
         self.log.undo_steps.append(holder.remove)
+        self._keep_from_fused_kernel(site.enter)
+
+    def _keep_from_fused_kernel(self, module: nn.Module) -> None:
+        """Give a module a hook while the attachment is enabled.
+
+        torch's encoder layers call an attention only if something in them has one; a forward that is replaced does not
+        count.
+        """
+        handles: list[RemovableHandle] = []
+
+        def switch(on: bool) -> None:
+            if on:
+                handles.append(module.register_forward_pre_hook(_do_nothing))
+            else:
+                handles.pop().remove()
+
+        self.toggle(switch, on=False)
 
     def _refuse_other_keys(self, holder: KeysValues) -> None:
         known = open_trainable_state(self.model, self.sites).holders
@@ -265,6 +285,10 @@ class Placer:
     def call_qkv(self, *sites: Site) -> None:
         """Let an attention call its qkv layer if one of `sites` is that layer; see `call_qkv_within`."""
         edited = {id(site.enter) for site in sites}
+        state, name = open_trainable_state(self.model, self.sites), self.log.label
+        for layers in state.projections.values():
+            if any(id(layer) in edited for layer in layers.children()):
+                self.toggle(lambda on, layers=layers: layers.use(name, on), on=False)  # type: ignore[misc]
         for attention in qkv_readers(self.model):
             if id(attention.qkv) in edited:
                 self._call_qkv_of(attention)
@@ -289,9 +313,19 @@ class Placer:
 
     def _weights(self, site: Site) -> Iterable[nn.Parameter]:
         """Yield the parameters at a site, then the model's; matrices first, because norms may have another dtype."""
-        for module in (site.exit, self.model):
+        for module in (site.exit, self._host(site), self.model):
             yield from (p for p in module.parameters() if p.ndim > 1)
             yield from module.parameters()
+
+
+def _one_module(site: Site) -> nn.Module:
+    if site.is_module:
+        return site.enter
+    raise AttachError(f"keys and values can be read of an attention that is one module, but {site.where} is several")
+
+
+def _do_nothing(module: nn.Module, args: Any) -> None:
+    """Do nothing; a hook."""
 
 
 def _common(paths: Sequence[str]) -> str:

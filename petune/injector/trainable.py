@@ -19,6 +19,7 @@ from petune.injector.frozen_values import FrozenValues
 from petune.injector.hooks.base import Holder
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
 from petune.injector.hooks.nested_encoder import NestedEncoders
+from petune.injector.hooks.torch_attention import Projections
 from petune.injector.keys import BufferOwner, named_parameters
 from petune.injector.trained_parts import TensorValues, TrainedParts
 from petune.sites.random_draws import RandomDraws, find_random_draws
@@ -38,6 +39,7 @@ class TrainableState(nn.Module):
         sites: The model's sites before anything was attached.
         attachments: By the attachment's name in state_dict keys, in the order of attaching.
         qkv_users: By attention, the attachments that need it to call its qkv layer.
+        projections: By attention of torch's own class, the layers that make q, k and v where adapters are on these.
         holders: The adapters that verbs have put in, in the order of attaching.
         bank_hold: The mark of an AdapterBank that holds the model, and exchanges classifiers and values.
     """
@@ -49,6 +51,7 @@ class TrainableState(nn.Module):
         self.sites = sites
         self.attachments: dict[str, TrainedParts] = {}
         self.qkv_users: dict[nn.Module, set[str]] = {}
+        self.projections: dict[nn.Module, Projections] = {}
         self.holders: list[Holder] = []
         self.bank_hold: BankHold | None = None
         self._train_before = model.__dict__.get("train")

@@ -103,8 +103,29 @@ def test_types_that_change_whole_layers_are_refused(method: str, options: dict[s
     assert list(model.state_dict()) == list(before)
 
 
-def test_torchs_attention_and_unknown_parts_are_refused() -> None:
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")  # PEFT follows patterns of parameters after all
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 4 / 2), (True, 4 / 2**0.5)])
+def test_q_and_v_of_torchs_attention(tmp_path: Path, rslora: bool, scale: float) -> None:
+    build = tiny_models()["torchvision"]
+    att = randomised(petune.attach(build(), "lora", targets="q,v", r=2, lora_alpha=4, use_rslora=rslora))
+    merged = build()
+    pairs = list(att.tuned.values())[:4]
+    with torch.no_grad():
+        for block, a, b in zip(merged.encoder.layers, pairs[::2], pairs[1::2], strict=True):
+            block.self_attention.in_proj_weight[:24] += scale * b[:24, :2] @ a[:2]
+            block.self_attention.in_proj_weight[48:] += scale * b[48:, 2:] @ a[2:]
+        logits = att.model(X)
+        torch.testing.assert_close(merged(X), logits, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(build()(X), logits, atol=1e-3)
+        att.save(tmp_path)
+        torch.testing.assert_close(petune.load(build(), tmp_path).model(X), logits)
+        theirs = pytest.importorskip("peft").PeftModel.from_pretrained(build(), tmp_path).eval()
+        torch.testing.assert_close(theirs(X), logits)
+    assert att.counts.tuned == 2 * 2 * (2 * 24 + 2 * 24)
+
+
+def test_torchs_attention_with_dropout_and_unknown_parts_are_refused() -> None:
     with pytest.raises(AttachError, match="reads the weights of q, k and v without calling"):
-        petune.attach(tiny_models()["torchvision"](), "lora", targets="q,v")
+        petune.attach(tiny_models()["torchvision"](), "lora", targets="q,v", lora_dropout=0.1)
     with pytest.raises(ConfigError, match="targets"):
         petune.attach(tiny(), "lora", targets="q,w")

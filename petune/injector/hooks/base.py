@@ -285,9 +285,9 @@ def in_dtype_of(adapter: nn.Module, x: Any) -> Any:
 
 
 @contextlib.contextmanager
-def resting(model: nn.Module, *kinds: type[Holder]) -> Iterator[None]:
+def resting(model: nn.Module, *kinds: type[Any]) -> Iterator[None]:
     """Let adapters of some kinds do nothing inside the context, to look into the model as if they were not there."""
-    holders = [m for m in model.modules() if isinstance(m, kinds) and not m.resting]
+    holders: list[Any] = [m for m in model.modules() if isinstance(m, kinds) and not m.resting]
     try:
         for holder in holders:
             holder.resting = True

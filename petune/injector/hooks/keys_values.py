@@ -9,8 +9,6 @@ Shapes: B batch, H heads, N tokens, P new keys, D width of a head.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError
-from petune.injector.hooks.base import Holder, first_tensor, in_dtype_of, live_forward, to_channels_last
+from petune.injector.hooks.base import Holder, first_tensor, in_dtype_of, to_channels_last
+from petune.injector.hooks.replaced_forward import ReplacedForward
+from petune.injector.hooks.torch_attention import MULTI_HEAD, in_steps
 from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Layout
 from petune.sites.sums import ADDITIONS
@@ -44,38 +44,28 @@ class KeysValues(Holder):
         self.hidden = (module,)  # in a tuple: the attention stays the backbone's own
         self.layout = layout
         self.head_dims = head_dims
-        self.original: Callable[..., Any] | None = None
-        self.is_idle = False  # True after `remove`, if another forward is around this one
+        self.replaced: ReplacedForward | None = None
 
     def put(self) -> None:
         """Replace the attention's forward."""
-        module = self.hidden[0]
-        self.original = module.__dict__.get("forward")
-        module.forward = self.attend
+        self.replaced = ReplacedForward(self.hidden[0], self.attend)
 
     def remove(self) -> None:
-        """Restore it, unless someone else has put another one around it: that one then only passes on."""
+        """Restore it."""
         self.enabled = False
-        self.is_idle = True
-        module = self.hidden[0]
-        if module.__dict__.get("forward") != self.attend:
-            return
-        del module.forward
-        original = live_forward(self.original)
-        if original is not None:
-            module.forward = original
+        if self.replaced is not None:
+            self.replaced.remove()
 
-    def attend(self, *args: Any, **kwargs: Any) -> Any:
+    def attend(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the attention's own forward with more keys and values."""
         module = self.hidden[0]
-        original = self.original or functools.partial(type(module).forward, module)
         if not self.acts_at(module):
             return original(*args, **kwargs)
         x_BND = to_channels_last(first_tensor(args, kwargs), self.layout)
         if x_BND.is_nested:
             raise AttachError("keys and values cannot be added to nested tensors. Use images of one size")
         keys, values = self.pair(x_BND)
-        appended = Appended(keys, values, self.head_dims, x_BND.shape[1:-1].numel())
+        appended = Appended(keys, values, self.head_dims, x_BND.shape[1:-1].numel(), module)
         try:
             with appended:
                 output = original(*args, **kwargs)
@@ -116,17 +106,21 @@ class Appended(TorchFunctionMode):
         keys, values: (1 or B, P, H · D).
         head_dims: D of keys and of values.
         num_tokens: N.
+        module: The attention.
 
     Attributes:
         done: True when an attention has used them.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, head_dims: tuple[int, int], num_tokens: int) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, head_dims: tuple[int, int], num_tokens: int, module: nn.Module
+    ) -> None:
         super().__init__()
         self.keys = keys
         self.values = values
         self.head_dims = head_dims
         self.num_tokens = num_tokens
+        self.module = module
         self.num_new = keys.shape[1]
         self.has_keys = False
         self.done = False
@@ -138,10 +132,9 @@ class Appended(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return func(**self.extend_fused(dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs))
-        if name == "multi_head_attention_forward":
-            bound = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
-            bound.apply_defaults()
-            return self.multi_head(bound.arguments)
+        if name == MULTI_HEAD:
+            output, weights = in_steps(args, kwargs, self.module, self.extend_fused)
+            return output, None if weights is None else weights[..., : -self.num_new]
         if name in PRODUCTS and len(args) == 2:
             args = self.extend_product(*args)
         elif self.has_keys and name in ADDITIONS | MASKINGS:
@@ -197,41 +190,6 @@ class Appended(TorchFunctionMode):
         else:
             heads = heads.expand(*own.shape[:-3], -1, -1, -1)
         return torch.cat([own, heads.mT if dim == -1 else heads], dim)
-
-    def multi_head(self, a: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Compute torch's own attention from its arguments, with more keys and values."""
-        num_heads, query = a["num_heads"], a["query"]
-        if query.ndim != 3 or a["bias_k"] is not None or a["add_zero_attn"] or a["key_padding_mask"] is not None:
-            raise AttachError(
-                "keys and values cannot be added to an nn.MultiheadAttention with bias_kv, add_zero_attn, or a mask of "
-                "padding, or without a batch. Use another method, such as vpt"
-            )
-        q, k, v = (_split(y, num_heads, -1).permute(1, 2, 0, 3) for y in _projected(a))  # (N, B, E) to heads
-        k = self.joined(k, self.keys, self.head_dims[0], -2)
-        v = self.joined(v, self.values, self.head_dims[1], -2)
-        self.done = True
-        weights = (q @ k.mT) * q.shape[-1] ** -0.5
-        if (mask := a["attn_mask"]) is not None:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=weights.dtype).masked_fill(mask, -torch.inf)
-            mask = F.pad(mask, (0, self.num_new))
-            weights = weights + (mask.reshape(-1, num_heads, *mask.shape[1:]) if mask.ndim == 3 else mask)
-        weights = F.dropout(weights.softmax(-1), a["dropout_p"], training=a["training"])
-        mixed = (weights @ v).permute(2, 0, 1, 3).flatten(2)
-        output = F.linear(mixed, a["out_proj_weight"], a["out_proj_bias"])
-        own = weights[..., : -self.num_new]
-        return output, (own.mean(1) if a["average_attn_weights"] else own) if a["need_weights"] else None
-
-
-def _projected(a: dict[str, Any]) -> list[Tensor]:
-    """Return q, k and v of torch's own attention, each (N, B, E)."""
-    if a["use_separate_proj_weight"]:
-        weights = [a["q_proj_weight"], a["k_proj_weight"], a["v_proj_weight"]]
-    else:
-        weights = list(a["in_proj_weight"].chunk(3))
-    biases = a["in_proj_bias"].chunk(3) if a["in_proj_bias"] is not None else (None, None, None)
-    inputs = (a["query"], a["key"], a["value"])
-    return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
 
 
 def _split(x: Tensor, num_heads: int, head_dim: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.injector.hooks.attended_keys import AttendedKeys
 from petune.injector.hooks.base import (
     SKIPPED,
     Args,
@@ -22,6 +24,7 @@ from petune.injector.hooks.base import (
     to_channels_last,
     with_tensor,
 )
+from petune.injector.hooks.replaced_forward import ReplacedForward
 from petune.injector.hooks.spanning import ForwardRecords, may_be_repeated, refuse_reentrant
 from petune.sites.site import Layout
 
@@ -66,12 +69,33 @@ class SideStep:
     Args:
         holder: The side network.
         index: Position of the site.
+
+    Attributes:
+        replaced: The forward of an attention whose keys and values the cell reads.
     """
 
     def __init__(self, holder: Side, index: int) -> None:
         self.holder = holder
         self.index = index
-        self.entered: Tensor | None = None
+        self.entered: Tensor | list[Tensor] | None = None
+        self.replaced: ReplacedForward | None = None
+
+    def read_attention(self, attention: nn.Module) -> ReplacedForward:
+        """Let the cell read keys and values; return what undoes that."""
+        self.replaced = ReplacedForward(attention, self.attend)
+        return self.replaced
+
+    def attend(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call the attention's own forward, and keep its keys and values."""
+        assert self.replaced is not None
+        attention = self.replaced.module
+        if not self.holder.acts_at(attention):
+            return original(*args, **kwargs)
+        seen = AttendedKeys(attention)
+        with seen:
+            output = original(*args, **kwargs)
+        self.entered = seen.pair(len(first_tensor(args, kwargs)))
+        return output
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Keep the input; pre-hook of a site where the cell reads what enters."""
@@ -86,10 +110,10 @@ class SideStep:
         holder, index = self.holder, self.index
         if output is None or not holder.acts_at(module):
             return None
-        x = tensor_of(output) if entered is None else entered
+        x = entered if isinstance(entered, list) else self._channels_last(output if entered is None else entered)
         exit_input = next((a for a in args if isinstance(a, Tensor)), None)
         before = self._state_before(module, exit_input)
-        x = in_dtype_of(holder.adapter, to_channels_last(x, holder.layouts[index]))
+        x = in_dtype_of(holder.adapter, x)
         state, change = self._checked(self._called(before, x, module))
         result = None
         if change is not None:
@@ -101,6 +125,9 @@ class SideStep:
         is_last = index == len(holder.layouts) - 1
         holder.state, holder.next_index = (None, 0) if is_last else (state, index + 1)
         return result
+
+    def _channels_last(self, given: Any) -> Tensor:
+        return to_channels_last(tensor_of(given), self.holder.layouts[self.index])
 
     def _state_before(self, module: nn.Module, exit_input: Tensor | None) -> Tensor | None:
         holder, index = self.holder, self.index
@@ -116,18 +143,19 @@ class SideStep:
             )
         return holder.state
 
-    def _called(self, before: Tensor | None, x: Tensor, module: nn.Module) -> Any:
+    def _called(self, before: Tensor | None, x: Tensor | list[Tensor], module: nn.Module) -> Any:
         """Call the cell; if it fails where there are other tokens than at the last site, say so."""
         holder, index = self.holder, self.index
-        shape, holder.last_shape = holder.last_shape, x.shape
+        new = (x[0] if isinstance(x, list) else x).shape
+        shape, holder.last_shape = holder.last_shape, new
         try:
             return holder.call(before, x, index)
         except Exception as error:
-            if isinstance(error, AttachError) or index == 0 or shape is None or shape == x.shape:
+            if isinstance(error, AttachError) or index == 0 or shape is None or shape == new:
                 raise
             raise AttachError(
                 f"the side network {type(holder.adapter).__name__} failed at its site number {index}, in a "
-                f"{type(module).__name__}: it reads the shape {tuple(x.shape)} there, and {tuple(shape)} at the site "
+                f"{type(module).__name__}: it reads the shape {tuple(new)} there, and {tuple(shape)} at the site "
                 f"before ({type(error).__name__}: {error}). If prompts enter only some of its sites, let them pass "
                 "through all, edit.prompt(blocks, …) with all these blocks; otherwise let the cell fit its state to x"
             ) from error

@@ -53,8 +53,11 @@ def parts_of_attentions(edit: petune.Edit, config: PeftConfig) -> Targets:
     for block in edit.sites.require_blocks():
         edit.use_qkv_module(block.attn)
         attention = edit.attention(block)
-        if attention.q is None:
-            targets.attentions.append(_torch_attention(edit, config, block))
+        if attention.q is None or not hasattr(attention.q.module, "weight"):
+            site = _torch_attention(edit, config, block)
+            targets.attentions.append(site)
+            if config.targets != "qkv":
+                targets.rows[original_path(site)] = [_rows_of(site, name) for name in wanted]
             continue
         parts = [site for name in wanted if (site := getattr(attention, name)) is not None]
         for layer in {site.module: edit.site(site.module) for site in parts}.values():
@@ -67,13 +70,14 @@ def parts_of_attentions(edit: petune.Edit, config: PeftConfig) -> Targets:
     return targets
 
 
-def options_of_parts(config: PeftConfig, rows: dict[str, list[tuple[int, int]]]) -> dict[str, Any]:
+def options_of_parts(config: PeftConfig, targets: Targets) -> dict[str, Any]:
     """Return the options of PEFT's config that give each part of a layer r columns, with the scale of one."""
-    if not rows:
+    if not targets.rows:
         return {}
+    parameters = {original_path(site): ".in_proj_weight" for site in targets.attentions}
     options = config.peft_options
     r, alpha = options.get("r", 8), options.get("lora_alpha", 8)
-    counts = {re.escape(path): len(parts) for path, parts in rows.items()}
+    counts = {re.escape(path + parameters.get(path, "")): len(parts) for path, parts in targets.rows.items()}
     factor = math.sqrt if options.get("use_rslora") else float  # the scale is alpha / sqrt(rank), or alpha / rank
     return {
         "rank_pattern": {path: n * r for path, n in counts.items()},
@@ -96,12 +100,19 @@ def _torch_attention(edit: petune.Edit, config: PeftConfig, block: petune.Block)
     is_plain = config.type == "lora" and not options.get("use_dora") and not options.get("lora_dropout")
     inside = block.attn.enter.modules()
     found = [m for m in inside if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]
-    if config.targets != "qkv" or not is_plain or len(found) != 1:
+    if not is_plain or len(found) != 1:
         raise petune.AttachError(
             f"{edit.sites.model} has torch's nn.MultiheadAttention, which reads the weights of q, k and v without "
-            "calling a layer. Use lora with targets=qkv or targets=attn, without dropout"
+            "calling a layer. Use lora without dropout, whose targets may be qkv, q, k or v"
         )
     return edit.site(found[0])
+
+
+def _rows_of(attention: petune.Site, name: str) -> tuple[int, int]:
+    """Return first and last of the rows of q, k or v in the one parameter of torch's attention."""
+    width = cast(nn.MultiheadAttention, attention.module).embed_dim
+    start = "qkv".index(name) * width
+    return start, start + width
 
 
 def _refuse_whole_layers(config: PeftConfig, targets: Targets) -> None:

@@ -46,7 +46,7 @@ def options_for(edit: petune.Edit, config: PeftConfig, targets: Targets) -> dict
         **completed(config.type, config.peft_options),
         **_fitting_options(edit, config, targets.layers),
         **config.peft_options,
-        **options_of_parts(config, targets.rows),
+        **options_of_parts(config, targets),
     }
     if targets.attentions:
         parameters = [f"{original_path(site)}.in_proj_weight" for site in targets.attentions]

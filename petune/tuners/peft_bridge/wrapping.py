@@ -96,6 +96,8 @@ class WrappedLayers:
             with warnings.catch_warnings(), nesting:
                 # a second adapter is intended here, and `check` looks at the result
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+                if getattr(self.config, "target_parameters", None):  # it follows their patterns, but looks for modules
+                    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
                 self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type](self.model, self.config, self.name)
                 self.tuner._cast_adapter_dtype(self.name)  # to float32, as PeftModel does
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
