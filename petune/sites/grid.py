@@ -13,6 +13,7 @@ from petune.sites.forward import device_of, dtype_of, forward_of, inference, met
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.layouts import IMAGES, channel_axis, is_conv
 from petune.sites.trace import Call, Trace
+from petune.sites.windows import are_windows
 
 MAX_PREFIX = 64
 """More tokens than this before the patches are taken for something else."""
@@ -41,7 +42,9 @@ def grid_and_prefix(model: nn.Module, trace: Trace, first: Call | None, spec: In
         grid, num_prefix_tokens = _fitting_grid(trace, first, spec)
         return (grid, num_prefix_tokens) if num_prefix_tokens >= 0 and len(x) == trace.batch_size else (None, 0)
     if x.ndim in IMAGES:
-        return tuple(x.shape[2:] if channel_axis(first) == 1 else x.shape[1:-1]), 0
+        shape = tuple(x.shape[2:] if channel_axis(first) == 1 else x.shape[1:-1])
+        maps = [grid for _, grid in _image_grids(_matrices_before(trace, first))]
+        return (None if are_windows(trace, first, shape, maps, spec) else shape), 0
     grid, num_prefix_tokens = _fitting_grid(trace, first, spec)
     stated = _stated_prefix(model)
     if num_prefix_tokens in {0, 1, stated}:
@@ -104,7 +107,7 @@ def _fitting_grid(trace: Trace, first: Call, spec: InputSpec) -> tuple[Grid | No
 
     Several branches make grids of their own (CrossViT), of which one enters the first block.
     """
-    before = [c for c in trace.calls if c.has_matrix and c.stop < first.start and c.output is not None]
+    before = _matrices_before(trace, first)
     for grids in (_image_grids(before), _token_grids(before, spec)):
         fitting = [(left_over, grid) for images, grid in grids if (left_over := _left_over(first, images, grid)) >= 0]
         if fitting:
@@ -112,6 +115,10 @@ def _fitting_grid(trace: Trace, first: Call, spec: InputSpec) -> tuple[Grid | No
             if left_over <= MAX_PREFIX:
                 return grid, left_over
     return None, -1
+
+
+def _matrices_before(trace: Trace, first: Call) -> list[Call]:
+    return [c for c in trace.calls if c.has_matrix and c.stop < first.start and c.output is not None]
 
 
 def _left_over(first: Call, num_images: int, grid: Grid) -> int:

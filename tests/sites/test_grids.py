@@ -171,3 +171,74 @@ def test_the_batch_is_no_part_of_the_grid(num_frames: int, reads_values: bool) -
     sites = petune.find_sites(TimeFirst(reads_values=reads_values), example=torch.zeros(2, 3, num_frames, 32, 32))
     assert len(sites.blocks) == 2
     assert sites.grid_size is None
+
+
+def mobilevit(side: int) -> nn.Module:
+    config = transformers.MobileViTV2Config(image_size=side, width_multiplier=0.5, n_attn_blocks=[1, 1, 1])
+    return transformers.MobileViTV2ForImageClassification(config)
+
+
+class WindowBlock(nn.Module):
+    """Attends in each window of a (batch, windows, places, width) tensor, or in each row of a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(24), timm.layers.Attention(24, 2), nn.LayerNorm(24)
+        self.mlp = timm.layers.Mlp(24, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x).flatten(0, 1)).view(x.shape)
+        return x + self.mlp(self.norm2(x))
+
+
+class OnWindows(nn.Module):
+    """16 windows of 16 tokens, as many as rows and columns of the map; or the map, put together from groups."""
+
+    def __init__(self, *, cuts: bool) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 24, 2, 2), nn.LayerNorm(24), nn.Linear(24, 3)
+        self.positions = nn.Parameter(torch.zeros(1, 16, 16, 24))
+        self.blocks = nn.Sequential(WindowBlock(), WindowBlock())
+        self.cuts = cuts
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image).permute(0, 2, 3, 1)
+        if self.cuts:
+            x = x.reshape(-1, 4, 4, 4, 4, 24).transpose(2, 3).reshape(-1, 16, 16, 24)
+        else:
+            x = x.unflatten(-1, (3, 8)).flip(-1).reshape(-1, 16, 16, 24)
+        logits: Tensor = self.head(self.blocks(self.norm(x + self.positions)).mean((1, 2)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("build", "side", "grid"),
+    [
+        (lambda: timm.create_model("nest_tiny", img_size=128), 128, None),
+        (lambda: timm.create_model("nest_tiny", img_size=64), 64, None),
+        (lambda: timm.create_model("mobilevitv2_050"), 64, None),
+        (lambda: mobilevit(64), 64, None),
+        (lambda: OnWindows(cuts=True), 32, None),
+        (lambda: OnWindows(cuts=False), 32, (16, 16)),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=56), 56, (14, 14)),
+    ],
+    ids=["nest", "nest, square", "mobilevitv2", "transformers", "cut", "not cut", "swin"],
+)
+def test_windows_are_no_rows_and_columns(
+    build: Callable[[], nn.Module], side: int, grid: tuple[int, int] | None
+) -> None:
+    with torch.device("meta"):
+        model = build()
+    sites = petune.find_sites(model, (3, side, side))
+    assert sites.blocks
+    assert sites.grid_size == grid
+
+
+def test_methods_do_not_convolve_across_windows() -> None:
+    model = OnWindows(cuts=True)
+    before = model.state_dict().keys()
+    for method in ("mona", "convpass", "dtl"):
+        with pytest.raises(petune.AttachError, match="grid of patches"):
+            petune.attach(model, method, input_size=(3, 32, 32))
+    assert model.state_dict().keys() == before
+    assert petune.attach(model, "dtl", input_size=(3, 32, 32), kernel=0).tuned
