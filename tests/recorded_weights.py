@@ -20,5 +20,5 @@ def _is_such_a_processor() -> bool:
 
 needs_recorded_weights = pytest.mark.skipif(
     not _is_such_a_processor(),
-    reason="random weights drawn from the same seed differ in their last bits on a processor other than Intel's with AVX-512",
+    reason="random weights from the same seed differ in their last bits on processors other than Intel's with AVX-512",
 )

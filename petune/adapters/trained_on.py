@@ -37,8 +37,8 @@ def describe_weights(saved: SavedAdapter) -> str:
     return (
         f"random ones, which cannot be downloaded. petune.Predictor({str(saved.path)!r}).model rebuilds them from "
         f"their seed, {backbone['seed']}, with this adapter attached. Processors of another maker or generation (with "
-        "AVX2 or AVX-512) draw numbers that differ in their last bits; if this one does, build the model where the adapter was "
-        "trained, save its state_dict, and load that here"
+        "AVX2 or AVX-512) draw numbers that differ in their last bits; if this one does, build the model where the "
+        "adapter was trained, save its state_dict, and load that here"
     )
 
 
