@@ -24,6 +24,7 @@ from petune.sites.layouts import IMAGES, make_site
 from petune.sites.norms import is_norm
 from petune.sites.outside_blocks import layers_outside_blocks
 from petune.sites.parallel_norms import norms_at_end, with_effect
+from petune.sites.parts import addition_to
 from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites, Tower, is_within
 from petune.sites.towers import calls_after, last_calls, rows_of
@@ -162,7 +163,16 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
 
 
 def _without(trace: Trace, others: Iterable[str]) -> list[Call]:
-    return [c for c in trace.calls if not any(is_within(c.path, path) for path in others)]
+    """Return the calls outside some modules, and norms that these begin with and that no residual addition skips."""
+    inside = {id(c): path for path in others for c in trace.calls if is_within(c.path, path)}
+    layers = [c for c in trace.calls if id(c) in inside and c.has_matrix and not is_norm(c)]
+
+    def opens(norm: Call) -> bool:
+        path, x = inside[id(norm)], norm.input
+        is_first = not any(c.start < norm.start and inside[id(c)] == path and not norm.within(c) for c in layers)
+        return is_norm(norm) and is_first and x is not None and addition_to(trace, x, norm.stop) is None
+
+    return [c for c in trace.calls if id(c) not in inside or opens(c)]
 
 
 def _of_parallel(
