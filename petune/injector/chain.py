@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.injector.hooks.around import Link
+from petune.injector.hooks.base import is_tuple
 from petune.sites.forward import dry_forward, tensors_in
 from petune.sites.input_spec import InputSpec
 from petune.sites.site import Block, Site, Sites
@@ -46,13 +47,13 @@ class Called:
     @property
     def returned(self) -> Tensor | None:
         """The tensor that it returned; of a tuple, the first item."""
-        first = self.output[0] if type(self.output) is tuple and self.output else self.output
+        first = self.output[0] if is_tuple(self.output) and self.output else self.output
         return first if isinstance(first, Tensor) else None
 
     @property
     def num_items(self) -> int | None:
         """The number of items that it returned; None for a tensor."""
-        return len(self.output) if type(self.output) is tuple else None
+        return len(self.output) if is_tuple(self.output) else None
 
 
 def calls_of(model: nn.Module, spec: InputSpec, modules: Iterable[nn.Module]) -> dict[nn.Module, Called]:

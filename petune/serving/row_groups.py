@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.base.text import plural
-from petune.injector.hooks.base import Args, Kwargs, first_tensor, with_first_tensor
+from petune.injector.hooks.base import Args, Kwargs, first_tensor, is_tuple, with_first_tensor
 from petune.serving.bank_kind import AdapterKind, AdapterValues, EditedModule, Owner
 from petune.serving.row_values import affine_names, along, per_entry, stacked_output
 
@@ -308,8 +308,9 @@ def join_outputs(parts: Iterable[tuple[Any, slice]], length: int) -> Any:
     if isinstance(first, Tensor):
         return join(itertools.chain([(first, rows)], iterator), length)
     outputs = [(first, rows), *iterator]
-    if type(first) is tuple and all(item is None or isinstance(item, Tensor) for item in first):
+    if is_tuple(first) and all(item is None or isinstance(item, Tensor) for item in first):
         columns = zip(*(output for output, _ in outputs), strict=True)
         slices = [rows for _, rows in outputs]
-        return tuple(None if items[0] is None else join(zip(items, slices, strict=True), length) for items in columns)
+        joined = (None if items[0] is None else join(zip(items, slices, strict=True), length) for items in columns)
+        return tuple(joined) if type(first) is tuple else type(first)._make(joined)
     raise AttachError(f"a module returned a {type(first).__name__}, so its rows cannot be computed one by one")

@@ -77,7 +77,9 @@ def _with_layers_before(trace: Trace, maker: Call) -> tuple[str, nn.Module]:
 
 
 def _sized_like(trace: Trace, matrices: list[Call], logits: Tensor) -> list[Call]:
-    sized = [(c, y) for c in matrices if (y := c.output) is not None and y.shape[-1] == logits.shape[-1]]
+    is_number = logits.ndim == 1 and len(logits) == trace.batch_size  # one for each image: (B, 1) without its last axis
+    width = 1 if is_number else logits.shape[-1]
+    sized = [(c, y) for c in matrices if (y := c.output) is not None and y.shape[-1] == width]
     of_images = [c for c, y in sized if y.ndim == 2 and len(y) == trace.batch_size]
     for add in trace.additions:
         added = [c for c in of_images if any(c.output is operand for operand in add.operands)]
@@ -89,7 +91,7 @@ def _sized_like(trace: Trace, matrices: list[Call], logits: Tensor) -> list[Call
     of_frames = [c for c, y in sized if y.ndim == 2 and trace.batch_size and len(y) % trace.batch_size == 0]
     # or every place of a map, by a convolution
     of_maps = [c for c in matrices if is_conv(c) and c.output is not None and c.output.ndim == 4]
-    of_maps = [c for c in of_maps if c.output is not None and c.output.shape[1] == logits.shape[-1]]
+    of_maps = [c for c in of_maps if c.output is not None and c.output.shape[1] == width]
     return (of_images or of_tokens or of_frames or of_maps)[-1:]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import petune
 from petune.sites.logits import logits_of
-from tests.sites.any_input import D, Encoder
+from tests.sites.any_input import D, Encoder, Layer
 
 
 class Prediction:
@@ -72,6 +72,61 @@ def test_what_a_model_returns_is_seen_wherever_it_is(name: str, tmp_path: Path) 
     att.save(tmp_path)
     petune.load(fresh, tmp_path)
     assert torch.equal(logits_of(fresh.eval()(x)), logits_of(model.eval()(x)))
+
+
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "squeeze": lambda y: y.squeeze(-1),
+    "index": lambda y: y[:, 0],
+    "flatten": lambda y: y.flatten(),
+    "sigmoid": lambda y: y.sigmoid().squeeze(1),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_one_number_for_each_image_is_made_by_the_head(name: str) -> None:
+    model = Returns(lambda logits, _: NUMBERS[name](logits))
+    model.head = nn.Linear(D, 1)
+    x = torch.randn(2, 3, 8, 8)
+    att = petune.attach(model, "linear", example=x)
+    assert list(att.head) == ["head.weight", "head.bias"]
+    model(x).sum().backward()
+    att.check_gradients()
+
+
+class Tokens(NamedTuple):
+    tokens: Tensor
+    weights: Tensor | None
+
+
+class NamedLayer(Layer):
+    def forward(self, x: Tensor) -> Tokens:  # type: ignore[override]
+        return Tokens(super().forward(x), None)
+
+
+class NamedBlocks(Returns):
+    """Blocks return a NamedTuple, and the next one reads its first item by name."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda logits, _: logits)
+        self.blocks = nn.ModuleList(NamedLayer() for _ in range(2))
+
+    def classify(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).tokens
+        return self.head(self.norm(x).mean(1))
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "vpt"])
+def test_a_block_that_returns_a_named_tuple_still_does(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = NamedBlocks().eval(), torch.randn(2, 3, 8, 8)
+    before = model(x)
+    att = petune.attach(model, method)
+    for parameter in att.tuned.values():
+        nn.init.normal_(parameter)
+    assert not torch.allclose(model(x), before)
+    att.detach()
+    assert torch.equal(model(x), before)
 
 
 class Lazy(Returns):

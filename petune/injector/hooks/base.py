@@ -205,12 +205,18 @@ def with_first_tensor(args: Args, kwargs: Kwargs, x: Tensor) -> tuple[Args, Kwar
 
 
 def with_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return `output` with its tensor changed; of a tuple, the first item."""
+    """Return `output` with its tensor changed; of a tuple, named or not, the first item."""
     if isinstance(output, Tensor):
         return change(output)
-    if type(output) is tuple and output and isinstance(output[0], Tensor):
-        return (change(output[0]), *output[1:])
+    if is_tuple(output) and output and isinstance(output[0], Tensor):
+        items = (change(output[0]), *output[1:])
+        return items if type(output) is tuple else type(output)._make(items)
     raise _no_tensor(output)
+
+
+def is_tuple(output: Any) -> bool:
+    """Return whether what a module returned is a tuple, or a NamedTuple, which can be made again of other items."""
+    return type(output) is tuple or (isinstance(output, tuple) and hasattr(output, "_make"))
 
 
 def _no_tensor(output: Any) -> AttachError:
@@ -222,7 +228,7 @@ def _no_tensor(output: Any) -> AttachError:
 
 def tensor_of(output: Any) -> Tensor:
     """Return the tensor that a module returned; of a tuple, the first item."""
-    first = output[0] if type(output) is tuple and output else output
+    first = output[0] if is_tuple(output) and output else output
     if isinstance(first, Tensor):
         return first
     raise _no_tensor(output)
