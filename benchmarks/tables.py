@@ -34,6 +34,7 @@ from petune.runner.report.tables import (
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+README_COMPARISON = "cifar-small"
 README_COLUMNS = ("method", "top-1", "top-5", "tuned", "% of backbone", "adapter")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 Results = Mapping[str, dict[str, Any]]
@@ -65,15 +66,15 @@ def methods_table(comparison: Mapping[str, Any], columns: Sequence[str]) -> list
 
 
 def readme(results: Results) -> str:
-    """Return the first comparison in a few columns, with a link to the rest."""
-    if not results:
+    """Return the comparison of the README in a few columns, with a link to the rest."""
+    comparison = results.get(README_COMPARISON)
+    if comparison is None:
         return ""
-    name, comparison = next(iter(results.items()))
     run = comparison["config"]["run"]
     lines = [
         f"Measured: {run['backbone']} on all of {run['dataset']}, {run['train']['epochs']} epochs, "
         f"{describe_seeds(comparison)} "
-        f"([command, machine and all columns](docs/results.md#{name.lower()})):",
+        f"([command, machine and all columns](docs/results.md#{README_COMPARISON})):",
         "",
         *methods_table(comparison, README_COLUMNS),
     ]
