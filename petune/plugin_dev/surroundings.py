@@ -40,12 +40,12 @@ class Surroundings:
     Attributes:
         settings: Values of SETTINGS.
         functions: Functions by the class, or module of Python, that holds them, and their name there.
-        hooks: Number of hooks of all modules of the process.
+        hooks: Keys of the hooks of all modules of the process, in each of torch's registries.
     """
 
     settings: dict[str, Any]
     functions: dict[tuple[Any, str], Any]
-    hooks: int
+    hooks: dict[str, set[int]]
 
     @classmethod
     def of(cls, model: nn.Module) -> Surroundings:
@@ -53,7 +53,7 @@ class Surroundings:
         classes = dict.fromkeys(c for m in model.modules() for c in type(m).__mro__ if c is not object)
         holders = (*classes, torch.Tensor, F)
         functions = {(h, name): value for h in holders for name, value in vars(h).items() if callable(value)}
-        return cls({name: read() for name, (read, _) in SETTINGS.items()}, functions, _num_hooks())
+        return cls({name: read() for name, (read, _) in SETTINGS.items()}, functions, {name: {*hooks} for name, hooks in _registries().items()})
 
     def restored(self) -> str:
         """Restore what is no longer so, and say what that was; empty if nothing was."""
@@ -67,11 +67,15 @@ class Surroundings:
                 kind = "class" if isinstance(holder, type) else "module"
                 changes.append(f"{name} of the {kind} {holder.__name__} was replaced, which changes other models too")
                 setattr(holder, name, value)
-        if _num_hooks() != self.hooks:
+        left = [(hooks, key) for name, hooks in _registries().items() for key in hooks.keys() - self.hooks[name]]
+        for hooks, key in left:
+            del hooks[key]
+        if left:
             changes.append("a hook for the modules of all models was left behind (register_module_forward_hook, …)")
         return "; ".join(changes)
 
 
-def _num_hooks() -> int:
-    registries = (value for name, value in vars(module_hooks).items() if name.startswith("_global_"))
-    return sum(len(value) for value in registries if isinstance(value, dict))
+def _registries() -> dict[str, dict[int, Any]]:
+    """Return what torch calls for every module of the process, by the names of its registries."""
+    named = vars(module_hooks).items()
+    return {name: value for name, value in named if name.startswith("_global_") and isinstance(value, dict)}

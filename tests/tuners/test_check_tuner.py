@@ -336,6 +336,7 @@ def test_a_tuner_that_disturbs_what_is_not_its_own_is_caught(case: tuple[Any, st
     assert text.startswith(f"{type(tuner).__name__}: {name}: "), text
     assert message in text
     assert (vars(Attention).copy(), torch.get_default_dtype()) == (classes, dtype)
+    assert not torch.nn.modules.module._has_any_global_hook()
 
 
 def test_a_line_of_the_backbones_own_code_is_not_named_as_the_authors() -> None:
