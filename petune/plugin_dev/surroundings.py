@@ -53,7 +53,11 @@ class Surroundings:
         classes = dict.fromkeys(c for m in model.modules() for c in type(m).__mro__ if c is not object)
         holders = (*classes, torch.Tensor, F)
         functions = {(h, name): value for h in holders for name, value in vars(h).items() if callable(value)}
-        return cls({name: read() for name, (read, _) in SETTINGS.items()}, functions, {name: {*hooks} for name, hooks in _registries().items()})
+        return cls(
+            {name: read() for name, (read, _) in SETTINGS.items()},
+            functions,
+            {name: {*hooks} for name, hooks in _registries().items()},
+        )
 
     def restored(self) -> str:
         """Restore what is no longer so, and say what that was; empty if nothing was."""
