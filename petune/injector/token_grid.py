@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from petune.base.errors import AttachError
 from petune.injector.hooks.base import in_backward
 from petune.sites.forward import tensors_in
+from petune.sites.patch_order import are_out_of_order
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
 
@@ -121,7 +122,8 @@ def patch_convolution(model: nn.Module, sites: Sites) -> nn.Module | None:
     """Return the last convolution before the blocks that returns the grid of patches; None if there is none.
 
     Raises:
-        AttachError: The model puts all images of a batch into one row of tokens.
+        AttachError: The model puts all images of a batch into one row of tokens, or the tokens of an image are not
+            prefix tokens and its patches, row by row.
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     first = sites.all_blocks[0].enter
@@ -131,6 +133,11 @@ def patch_convolution(model: nn.Module, sites: Sites) -> nn.Module | None:
         raise AttachError(
             f"{sites.model} puts all images of a batch into one row of tokens, which is no grid of patches. Use a "
             "method that needs no grid, such as adaptformer"
+        )
+    if are_out_of_order(model, sites):
+        raise AttachError(
+            f"the tokens of {sites.model} are not the prefix tokens and then the patches in the order of the image, "
+            "row by row. Use a method that needs no grid, such as adaptformer"
         )
     makers = [
         m

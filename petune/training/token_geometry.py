@@ -5,14 +5,14 @@ Legend: B batch, N tokens, D width, C channels, H and W rows and columns of patc
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor, nn
 
 from petune.base.errors import ConfigError
-from petune.sites.forward import dtype_of, inference, tensors_in
-from petune.sites.site import Block, Sites
+from petune.sites.patch_order import changes, first_tokens, follow_image, other_patches
+from petune.sites.site import Sites
 
 
 def check_geometry(model: nn.Module, sites: Sites) -> None:
@@ -28,36 +28,18 @@ def check_geometry(model: nn.Module, sites: Sites) -> None:
     channels, height, width = sites.input_size
     generator = torch.Generator().manual_seed(0)
     image_CHW = torch.randn(channels, height, width, generator=generator)
-    changed = [*_patches(sites, image_CHW, generator), *_lines(sites, image_CHW, generator)]
-    x_BCHW = torch.stack([image_CHW, *changed]).to(weight.device, dtype_of(model))
-    change_BHW = _changes(sites, _entered(model, sites.blocks[0], x_BCHW))
-    if change_BHW is None or len(change_BHW) != len(changed) or not float(change_BHW.sum()):
+    patches = other_patches(sites, image_CHW, generator)
+    changed = [*patches, *_lines(sites, image_CHW, generator)]
+    change_BN = changes(sites, first_tokens(model, sites, torch.stack([image_CHW, *changed])))
+    if change_BN is None or len(change_BN) != len(changed) or not float(change_BN.sum()):
         return
-    _check_order(sites, change_BHW[:NUM_PATCHES])
-    _check_alignment(sites, change_BHW[NUM_PATCHES:])
-
-
-NUM_PATCHES = 3
-
-
-def _places(sites: Sites) -> list[tuple[int, int]]:
-    rows, columns = sites.image_grid or (1, 1)
-    return [(0, columns - 1), (rows - 1, 0), (rows // 2, columns // 3)]
-
-
-def _patches(sites: Sites, image_CHW: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Return the image with other pixels in one patch, for each of three patches."""
-    rows, columns = sites.image_grid or (1, 1)
-    height, width = image_CHW.shape[1:]
-    images = []
-    for row, column in _places(sites):
-        top, bottom = (i * height // rows for i in (row, row + 1))
-        left, right = (i * width // columns for i in (column, column + 1))
-        images.append(image_CHW.clone())
-        images[-1][:, top:bottom, left:right] = torch.randn(
-            len(image_CHW), bottom - top, right - left, generator=generator
+    if not follow_image(sites, change_BN[: len(patches)]):
+        raise ConfigError(
+            f"segmentation needs patches in the order of the image, and the tokens of {sites.model} are in another "
+            "one. Use another backbone"
         )
-    return images
+    change_BN = change_BN[len(patches) :, -math.prod(sites.image_grid) :]
+    _check_alignment(sites, change_BN.reshape(-1, *sites.image_grid))
 
 
 def _lines(sites: Sites, image_CHW: Tensor, generator: torch.Generator) -> list[Tensor]:
@@ -74,33 +56,6 @@ def _lines(sites: Sites, image_CHW: Tensor, generator: torch.Generator) -> list[
     return images
 
 
-def _changes(sites: Sites, tokens: Tensor) -> Tensor | None:
-    """Return how much each token differs from that of the first image, (B - 1, H, W); None if they are no grid."""
-    rows, columns = sites.image_grid or (1, 1)
-    change = (tokens[1:] - tokens[:1]).float().square()
-    if tokens.ndim == 4:
-        change_BHW = change.sum(1 if tuple(tokens.shape[2:]) == (rows, columns) else 3)
-        return change_BHW if tuple(change_BHW.shape[1:]) == (rows, columns) else None
-    if tokens.ndim != 3:
-        return None
-    patches_BN = change.sum(2)[:, sites.num_prefix_tokens :]
-    return patches_BN.reshape(-1, rows, columns) if patches_BN.shape[1] == rows * columns else None
-
-
-def _check_order(sites: Sites, change_BHW: Tensor) -> None:
-    columns = change_BHW.shape[2]
-    changed = [divmod(token, columns) for token in change_BHW.flatten(1).argmax(1).tolist()]
-    # convolutions before the blocks may move a change to the next patch
-    near = [
-        max(abs(y - row), abs(x - column)) <= 1 for (y, x), (row, column) in zip(changed, _places(sites), strict=True)
-    ]
-    if not all(near):
-        raise ConfigError(
-            f"segmentation needs patches in the order of the image, and the tokens of {sites.model} are in another "
-            "one. Use another backbone"
-        )
-
-
 def _check_alignment(sites: Sites, change_BHW: Tensor) -> None:
     """Check that the first and the last line of the last patch change its token, and the line before the one before."""
     rows, columns = sites.image_grid or (1, 1)
@@ -113,26 +68,3 @@ def _check_alignment(sites: Sites, change_BHW: Tensor) -> None:
                 "masks would be shifted. Use an image size that is a multiple of the patch size",
                 cli_hint="Set it with --image-size, or the patch with --patch-size",
             )
-
-
-class _Entered(Exception):
-    """Ends a forward where the tokens are known."""
-
-
-def _entered(model: nn.Module, block: Block, x_BCHW: Tensor) -> Tensor:
-    """Return what enters a block."""
-    entered: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        entered.append(next(tensors_in((args, kwargs))))
-        raise _Entered
-
-    handle = block.enter.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with inference(model):
-            model(x_BCHW)
-    except _Entered:
-        pass
-    finally:
-        handle.remove()
-    return entered[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from tests.sites.any_input import D, Encoder
 from tests.tiny import randomised, tiny
 
 SIZES = [(16, 16), (24, 24), (16, 8), (8, 16), (32, 12), (12, 32)]
@@ -78,3 +79,31 @@ def test_a_repeated_block_of_an_ambiguous_grid_is_an_error() -> None:
     loss = model(image(8, 24)).sum()
     with pytest.raises(petune.AttachError, match="checkpointing"):
         loss.backward()
+
+
+class Ordered(Encoder):
+    """Patches of 4 x 4 pixels, row by row unless `order` says otherwise, or of 4 x 2 by a linear layer."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.cls = order, nn.Parameter(torch.randn(1, 1, D))
+        self.embed = nn.Linear(24, D) if order == "not square" else nn.Conv2d(3, D, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cls = self.cls.expand(len(x), -1, -1)
+        if self.order == "not square":
+            patches = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 4)).permute(0, 2, 4, 1, 3, 5)
+            return self.classify(self.embed(patches.flatten(3).flatten(1, 2)))
+        y = self.embed(x).transpose(2, 3) if self.order == "by column" else self.embed(x)
+        tokens = y.flatten(2).transpose(1, 2)
+        order = {"class token behind": [tokens, cls], "class token first": [cls, tokens]}
+        return self.classify(torch.cat(order.get(self.order, [tokens]), 1))
+
+
+@pytest.mark.parametrize("order", ["class token behind", "by column", "not square"])
+@pytest.mark.parametrize("method", ["convpass", "mona"])
+def test_tokens_in_another_order_than_the_image_are_refused(method: str, order: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(petune.AttachError, match="order of the image"):
+        petune.attach(Ordered(order), method, example=image(12, 16))
+    petune.attach(Ordered("class token first"), method, example=image(12, 16))
