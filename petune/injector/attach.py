@@ -32,6 +32,7 @@ from petune.injector.keys import label_of, named_parameters
 from petune.injector.registry import TUNERS, build_tuner, parse_method
 from petune.injector.trainable import TrainableState, check_not_in_bank, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
+from petune.injector.unadapted_mlps import warn_of_unadapted_mlps
 from petune.sites.chosen_head import HeadChoice
 from petune.sites.find import find_sites, sites_for
 from petune.sites.logits import refuse_random
@@ -117,6 +118,7 @@ def attach(
             check_used(attachment)
             warn_of_layers_outside_blocks(attachment)
             warn_of_further_norms(attachment)
+            warn_of_unadapted_mlps(attachment)
             forget_forwards(edit)
         except BaseException:
             log.undo()

@@ -100,6 +100,8 @@ class Block(Site):
         branches: All attentions and MLPs, in the order of the forward; see `sublayers`. A module that the block calls
             for several of them is listed once: an adapter there acts in each call.
         norms: The norms of `branches`, likewise.
+        split_mlps: MLPs for other tokens than those of `branches`, such as one for text next to one for patches; they
+            are no sites of this block.
         extra_inputs: Names of further tensors that the block is called with (rotary tables, masks).
         num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
         norm_first: True if norm1 comes before the attention.
@@ -113,6 +115,7 @@ class Block(Site):
     parts: Mapping[str, Site] = field(default_factory=dict)
     branches: tuple[Site, ...] = ()
     norms: tuple[Site, ...] = ()
+    split_mlps: tuple[Site, ...] = ()
     extra_inputs: tuple[str, ...] = ()
     num_windows: int = 1
     norm_first: bool = True

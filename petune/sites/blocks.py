@@ -27,6 +27,7 @@ from petune.sites.parts import (
     sums_of,
 )
 from petune.sites.site import Block, Site
+from petune.sites.split_mlps import with_split_mlps
 from petune.sites.trace import Call, Trace
 
 Found = tuple[int, Block]
@@ -44,7 +45,7 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
         if attention.many_queries or is_alike or _is_complete(attention, found[1]):
             blocks.setdefault(id(found[1].enter), found)
     ordered = [block for _, block in sorted(blocks.values(), key=lambda found: found[0])]
-    described = [with_branches(trace, block, attentions) for block in ordered]
+    described = with_split_mlps(trace, [with_branches(trace, block, attentions) for block in ordered])
     return with_own_modules(trace, [replace(block, index=index) for index, block in enumerate(described)])
 
 

@@ -170,6 +170,8 @@ def _name_others(edit: petune.Edit, config: PeftConfig, sites: list[petune.Site]
     if config.targets != "all" or config.type != "lora":
         return
     inside = {layer.module for site in sites for layer in edit.linear_layers(site)}
+    named = [site for block in edit.sites.blocks for site in block.split_mlps]  # `attach` names these
+    inside |= {m for site in named for end in site.modules for m in end.modules()}
     blocks = [block for block in edit.sites.blocks if block.is_module]
     every = [(block.dim, layer) for block in blocks for layer in edit.linear_layers(block)]
     others = [layer.path for dim, layer in every if layer.module not in inside and _has_width(layer.module, dim)]
