@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextvars import ContextVar
 
 from torch import nn
 
@@ -19,10 +21,22 @@ from petune.sites.used_parameters import used_parameters
 
 MAX_SHOWN = 6
 
+_is_told: ContextVar[bool] = ContextVar("is_told", default=False)
+
+
+@contextlib.contextmanager
+def already_told() -> Iterator[None]:
+    """Leave out the advice on what stays frozen: who trained the adapter that is loaded has had it."""
+    token = _is_told.set(True)
+    try:
+        yield
+    finally:
+        _is_told.reset(token)
+
 
 def warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool) -> None:
     """Warn of what the predictions depend on and no head has, in a model that does not say which weights are new."""
-    if not train_head or "head" not in sites.parts or new_weights(model).is_known:
+    if _is_told.get() or not train_head or "head" not in sites.parts or new_weights(model).is_known:
         return  # what a checkpoint has filled may stay frozen; the rest is a head
     layers = _used_layers(model, sites)
     named = classifiers_of(model)
@@ -58,6 +72,8 @@ def _is_same(path: str, other: str) -> bool:
 
 def warn_of_shared_head(attachment: Attachment) -> None:
     """Warn if a head that trains shares tensors with a block or an embedding: training it changes that, too."""
+    if _is_told.get():
+        return
     model, sites = attachment.model, attachment.sites
     in_head = {id(p): key for key, p in attachment.head.items()}
     own = {m for module in attachment.tensors.head_modules for m in module.modules()}
@@ -89,7 +105,7 @@ def warn_of_layers_outside_blocks(attachment: Attachment) -> None:
     """Warn of attentions and MLPs in no block, if a method edits all blocks and nothing in them."""
     sites = attachment.sites
     edited = _edited_blocks(attachment)
-    if not edited or sites.chosen_from is not None or len(sites.blocks) < len(sites.all_blocks):
+    if _is_told.get() or not edited or sites.chosen_from is not None or len(sites.blocks) < len(sites.all_blocks):
         return
     later = [path for path, index in sites.outside_blocks.items() if index >= min(edited)]
     left = [path for path in later if not any(is_within(key, path) for key in attachment.tuned)]
@@ -111,7 +127,7 @@ def warn_of_further_norms(attachment: Attachment) -> None:
     placed = {passed[-1].exit for _, passed in log.placed}
     acts = not norms.isdisjoint(placed) or any(id(p) in trained for m in norms for p in m.parameters())
     left = [path for path in sites.further_norms if not any(is_within(key, path) for key in attachment.tuned)]
-    if acts and left and sites.chosen_from is None:
+    if acts and left and sites.chosen_from is None and not _is_told.get():
         warnings.warn(
             f"{attachment.name} leaves norms after the last block of {sites.model} as they are: {', '.join(left)}. To "
             "train them, name them with the heads: head=[…]",

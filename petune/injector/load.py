@@ -20,6 +20,7 @@ from petune.base.config import expand_home
 from petune.base.errors import AttachError, BackboneMismatch, CheckpointError, PluginError
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
+from petune.injector.frozen_beside_head import already_told
 from petune.injector.keys import named_parameters
 from petune.injector.registry import build_tuner, list_tuners
 from petune.injector.renamed import unfound_layers, with_current_keys
@@ -77,7 +78,8 @@ def attach_saved(
         _check_options(tuner, saved)
     name, as_saved = name or config["tuner"], saved_sites(model, saved, sites)
     try:
-        attachment = attach(model, tuner, name=name, train_head=config["train_head"], sites=as_saved)
+        with already_told():
+            attachment = attach(model, tuner, name=name, train_head=config["train_head"], sites=as_saved)
     except AttachError as error:
         reason = other_sites(model, saved) if as_saved is None else ""
         if not reason:

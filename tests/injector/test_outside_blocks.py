@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,18 @@ class Vit(nn.Module):
 def test_attention_between_no_blocks_is_named(method: str) -> None:
     with pytest.warns(UserWarning, match=r"stay as they are: trunk\.cross"):
         petune.attach(Vit(Crossing()).eval(), method)
+
+
+def test_loading_does_not_repeat_what_attaching_has_told(tmp_path: Path) -> None:
+    for build, method in ((lambda: Vit(Crossing()), "houlsby"), (Masks, "linear")):
+        torch.manual_seed(0)
+        model = build().eval()
+        fresh = copy.deepcopy(model)
+        with pytest.warns(UserWarning, match="stay"):
+            petune.attach(model, method).save(tmp_path / method)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            petune.load(fresh, tmp_path / method)
 
 
 def test_methods_that_reach_it_or_edit_no_block_name_nothing() -> None:
