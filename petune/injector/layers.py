@@ -16,7 +16,7 @@ from petune.injector.transposed_linear import is_transposed_linear
 from petune.sites.layouts import is_pointwise
 from petune.sites.recorder import record_calls
 from petune.sites.routed import routed_modules
-from petune.sites.site import Site, Sites
+from petune.sites.site import Site, Sites, modules_of
 from petune.sites.trace import Call
 from petune.sites.used_parameters import used_parameters
 
@@ -127,7 +127,7 @@ class LayerFinder:
             return set()
         calls = record_calls(self.model, self.sites.input_spec, self.model.modules())
         start = calls[self.sites.blocks[0].enter].start
-        return {module for module, call in calls.items() if call.stop < start}
+        return {module for module, call in calls.items() if call.stop < start} - modules_of(self.sites.blocks)
 
     def _matrices(self) -> list[nn.Module]:
         return [m for m in self.backbone() if _is_matrix(m)]

@@ -69,6 +69,16 @@ def test_wrong_choices_are_refused_and_leave_the_model_alone() -> None:
     assert [*model.state_dict()] == before
 
 
+@pytest.mark.parametrize("choice", ["first:1", "last:1"])
+@pytest.mark.parametrize("method", ["norm", "bitfit"])
+def test_a_norm_of_all_blocks_is_refused_where_blocks_are_left_out(method: str, choice: str) -> None:
+    model = tiny(depth=DEPTH)
+    for block in model.blocks:
+        block.norm1 = model.blocks[0].norm1
+    with pytest.raises(petune.AttachError, match="does not follow blocks"):
+        petune.attach(model, method, blocks=choice)
+
+
 @pytest.mark.parametrize("method", sampled(METHODS, lambda method: method in SAMPLE))
 def test_every_method_follows_blocks(method: str, tmp_path: Path) -> None:
     base = tiny(depth=DEPTH)
