@@ -139,7 +139,6 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
         norms[0], further = _of_parallel(
             model, trace, spec, norms[0], norms_at_end(trace, rows[0][-1], head, _without(trace, others))
         )
-        further += _norms_in_a_row(trace, norms[0], end_of(trace, rows[0]))
     several = len(rows) > 1
     towers = [Tower(blocks=tuple(row), norm=norm) for row, norm in zip(rows, norms, strict=True)] if several else []
     norm = norms[0] if len(norms) == 1 else None
@@ -196,18 +195,6 @@ def _of_parallel(
     if is_idle and live:
         norm = _norm_site(trace, live[-1])
     return norm, tuple(c.path for c in live if norm is None or c.module is not norm.enter)
-
-
-def _norms_in_a_row(trace: Trace, norm: Site | None, blocks_end: int) -> tuple[str, ...]:
-    """Return the paths of norms after the last block whose output goes straight into the final norm."""
-    call = next((c for c in reversed(trace.calls) if norm is not None and c.module is norm.enter), None)
-    paths: tuple[str, ...] = ()
-    while call is not None:
-        call = trace.maker(call.input)
-        if call is None or not is_norm(call) or call.start < blocks_end:
-            break
-        paths = (call.path, *paths)
-    return paths
 
 
 def _used(model: nn.Module, norm: Site | None, spec: InputSpec) -> Site | None:

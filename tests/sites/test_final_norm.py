@@ -176,13 +176,3 @@ def test_a_norm_before_one_of_several_heads_is_named(last_norm: bool) -> None:
     assert att.sites.parts.keys() & {"norm"} == ({"norm"} if last_norm else set())
     att.detach()
     petune.attach(model, "adaptformer", bottleneck=2)  # edits no norm, so it names none
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_norms_before_the_final_norm_are_named(count: int) -> None:
-    model = TwoNorms(for_patches=False).eval()
-    model.first = nn.Sequential(*[nn.LayerNorm(8) for _ in range(count)])
-    model.patches = nn.Identity()
-    sites = petune.find_sites(model)
-    assert sites.norm.path == f"first.{count - 1}"
-    assert sites.further_norms == tuple(f"first.{i}" for i in range(count - 1))
