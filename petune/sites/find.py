@@ -133,12 +133,11 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
     grid, num_prefix_tokens = grid_and_prefix(model, trace, first, spec)
     rows = rows_of(trace, blocks)
     others = layers_outside_blocks(trace, blocks, head) if blocks else {}
-    norms = [_used(model, norm, spec) for norm in _final_norms(trace, rows, head, others)] if blocks else []
+    calls = _without(trace, others)
+    norms = [_used(model, norm, spec) for norm in _final_norms(trace, rows, head, calls)] if blocks else []
     further: tuple[str, ...] = ()
     if len(norms) == 1:
-        norms[0], further = _of_parallel(
-            model, trace, spec, norms[0], norms_at_end(trace, rows[0][-1], head, _without(trace, others))
-        )
+        norms[0], further = _of_parallel(model, trace, spec, norms[0], norms_at_end(trace, rows[0][-1], head, calls))
     several = len(rows) > 1
     towers = [Tower(blocks=tuple(row), norm=norm) for row, norm in zip(rows, norms, strict=True)] if several else []
     norm = norms[0] if len(norms) == 1 else None
@@ -225,16 +224,15 @@ def _patch_embed(trace: Trace, first: Call | None, grid: Grid | None) -> Site | 
     return replace(make_site("patch_embed", widest, widest, dim, trace.model_name), layout=layout)
 
 
-def _final_norms(trace: Trace, rows: list[list[Block]], head: Site | None, others: Iterable[str]) -> list[Site | None]:
+def _final_norms(trace: Trace, rows: list[list[Block]], head: Site | None, calls: Sequence[Call]) -> list[Site | None]:
     """Return the final norm of each tower: one that reads that tower alone, else one after all of them.
 
     Args:
         trace: The forward.
         rows: The blocks of each tower.
         head: The classifier.
-        others: Paths of attentions and MLPs outside of the blocks, whose norms are their own.
+        calls: Those outside attentions and MLPs that are in no block, whose norms are their own.
     """
-    calls = _without(trace, others)
     if len(rows) == 1:
         return [_final_norm(trace, end_of(trace, rows[0]), head, calls)]
     ends = [end_of(trace, row[-1:]) for row in rows]
