@@ -49,6 +49,11 @@ def plural(count: int, noun: str, several: str = "") -> str:
     return f"{count:,} {noun if count == 1 else several or f'{noun}s'}"
 
 
+def shortened(texts: Sequence[str], most: int) -> str:
+    """Return at most so many texts with commas between them, and "…" for the others."""
+    return ", ".join(texts[:most]) + (", …" if len(texts) > most else "")
+
+
 def capitalized(text: str) -> str:
     """Return the text with a capital at its start, as `Top-1 on test`; an abbreviation such as `mAP` stays as it is."""
     return text if text[1:2].isupper() else f"{text[:1].upper()}{text[1:]}"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from petune.base.errors import DeadSite
+from petune.base.text import shortened
 from petune.injector.attachment import Attachment
 from petune.injector.edit_log import EditLog
 from petune.injector.trainable import open_trainable_state
@@ -102,7 +103,7 @@ def _name_unchosen(attachment: Attachment, graph: _Graph | None, is_partly_calle
     within = {path for path, m in model.named_modules() if m in unchosen and trained & {id(p) for p in m.parameters()}}
     where = sorted(path for path in within if path.rpartition(".")[0] not in within)
     if where:
-        shown = ", ".join(where[:MAX_SHOWN]) + (", …" if len(where) > MAX_SHOWN else "")
+        shown = shortened(where, MAX_SHOWN)
         warnings.warn(
             f"{attachment.name} also trains {shown} of {sites.model}, which no forward called, neither of black images "
             "nor of noise. If no other image chooses them, as a router chooses experts, nothing is learned there",
@@ -251,7 +252,7 @@ def _unreached(parts: list[_Part], leaves: set[int]) -> list[_Part]:
 def _message(attachment: Attachment, dead: list[_Part], graph: _Graph) -> str:
     blocks = dict.fromkeys(block for part in dead for block in part.blocks)
     paths = [*(b.where for b in blocks), *dict.fromkeys(part.where for part in dead if not part.blocks)]
-    shown = ", ".join(paths[:MAX_SHOWN]) + (", …" if len(paths) > MAX_SHOWN else "")
+    shown = shortened(paths, MAX_SHOWN)
     hidden = bool(blocks) and not any(block.enter in graph.with_gradient for block in blocks)
     reason = "the forward runs it under torch.no_grad()" if hidden else "the output does not depend on it"
     return f"{attachment.name} would learn nothing at {shown} of {attachment.sites.model}: {reason}"

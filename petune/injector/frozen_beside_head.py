@@ -10,13 +10,13 @@ from contextvars import ContextVar
 from torch import nn
 
 from petune.base.errors import AttachError
-from petune.base.text import plural
+from petune.base.text import plural, shortened
 from petune.injector.attachment import Attachment
 from petune.injector.outside_head import parameters_outside
 from petune.sites.named_heads import classifiers_of
 from petune.sites.new_weights import NewWeights, new_weights, placed_in_blocks
 from petune.sites.recorder import record_calls
-from petune.sites.site import Sites, is_within, modules_of
+from petune.sites.site import Sites, is_within, modules_in, modules_of
 from petune.sites.used_parameters import used_parameters
 
 MAX_SHOWN = 6
@@ -79,7 +79,7 @@ def warn_of_shared_head(attachment: Attachment) -> None:
     own = {m for module in attachment.tensors.head_modules for m in module.modules()}
     keys = {m: [in_head[id(p)] for p in m._parameters.values() if id(p) in in_head] for m in {*model.modules()} - own}
     sharing = {m for m, shared in keys.items() if shared}
-    in_blocks = {m for block in sites.all_blocks for bound in block.modules for m in bound.modules()}
+    in_blocks = modules_in(sites.all_blocks)
     before = _called_before(model, sites, sharing - in_blocks, own)
     others = [path for path, m in model.named_modules() if m in before]
     shared = sorted({key for m in sharing & in_blocks for key in keys[m]})
@@ -111,7 +111,7 @@ def warn_of_layers_outside_blocks(attachment: Attachment) -> None:
     left = [path for path in later if not any(is_within(key, path) for key in attachment.tuned)]
     if not left:
         return
-    shown = ", ".join(left[:MAX_SHOWN]) + (", …" if len(left) > MAX_SHOWN else "")
+    shown = shortened(left, MAX_SHOWN)
     warnings.warn(
         f"{attachment.name} edits the blocks that petune finds in {sites.model}. Attentions and MLPs outside of these "
         f"stay as they are: {shown}. To train them whole, name them with the heads: head=[…]",

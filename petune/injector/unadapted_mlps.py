@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 
 from torch import nn
 
+from petune.base.text import shortened
 from petune.injector.attachment import Attachment
 from petune.injector.hooks.base import After, Before
-from petune.sites.site import Block, Site
+from petune.sites.site import Block, modules_in
 
 MAX_SHOWN = 4
 
@@ -21,7 +21,7 @@ def warn_of_unadapted_mlps(attachment: Attachment) -> None:
         for block in attachment.sites.blocks
         if block.split_mlps and _acts_at_mlp(attachment, block)
         for other in block.split_mlps
-        if not _acts_in(attachment, _modules_of([other]))
+        if not _acts_in(attachment, modules_in([other]))
     ]
     if not pairs:
         return
@@ -29,14 +29,10 @@ def warn_of_unadapted_mlps(attachment: Attachment) -> None:
     left = list(dict.fromkeys(site.where for _, site in pairs))
     warnings.warn(
         f"blocks of {attachment.sites.model} have several MLPs, each for other tokens. {attachment.name} adapts "
-        f"{_listed(adapted)} and leaves {_listed(left)} as they are, with the tokens that go through these. To reach "
-        "all, use bitfit, partial or full, or lora with PEFT's option target_modules",
+        f"{shortened(adapted, MAX_SHOWN)} and leaves {shortened(left, MAX_SHOWN)} as they are, with the tokens that "
+        "go through these. To reach all, use bitfit, partial or full, or lora with PEFT's option target_modules",
         stacklevel=3,
     )
-
-
-def _listed(paths: list[str]) -> str:
-    return ", ".join(paths[:MAX_SHOWN]) + (", …" if len(paths) > MAX_SHOWN else "")
 
 
 def _acts_at_mlp(attachment: Attachment, block: Block) -> bool:
@@ -50,7 +46,7 @@ def _acts_at_mlp(attachment: Attachment, block: Block) -> bool:
     is_a_stream = "mid" in block.parts
     if is_a_stream and any(sites[-1] is block and isinstance(holder, After | Before) for holder, sites in placed):
         return True
-    return _acts_in(attachment, _modules_of(own)) or not around.isdisjoint(_ends_of_placed(attachment))
+    return _acts_in(attachment, modules_in(own)) or not around.isdisjoint(_ends_of_placed(attachment))
 
 
 def _acts_in(attachment: Attachment, modules: set[nn.Module]) -> bool:
@@ -64,7 +60,3 @@ def _acts_in(attachment: Attachment, modules: set[nn.Module]) -> bool:
 def _ends_of_placed(attachment: Attachment) -> set[nn.Module]:
     sites = (site for _, passed in attachment.edit_log.placed for site in passed)
     return {end for site in sites for end in (site.enter, site.exit)}
-
-
-def _modules_of(sites: Iterable[Site]) -> set[nn.Module]:
-    return {m for site in sites for bound in site.modules for m in bound.modules()}

@@ -218,5 +218,9 @@ def is_within(path: str, parent: str) -> bool:
 
 def modules_of(blocks: Iterable[Block]) -> set[nn.Module]:
     """Return the modules of blocks and of the sites inside, with all modules within them."""
-    sites = [site for block in blocks for site in (block, *block.inner_sites)]
+    return modules_in(site for block in blocks for site in (block, *block.inner_sites))
+
+
+def modules_in(sites: Iterable[Site]) -> set[nn.Module]:
+    """Return the modules that bound some sites, with all modules within them."""
     return {m for site in sites for bound in site.modules for m in bound.modules()}

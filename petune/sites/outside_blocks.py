@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from petune.sites.attentions import find_attentions
 from petune.sites.encoder import end_of, start_of
 from petune.sites.parts import Mlp, num_matrices
-from petune.sites.site import Block, Site, modules_of
+from petune.sites.site import Block, Site, modules_in, modules_of
 from petune.sites.trace import Call, Trace
 
 
@@ -24,7 +24,7 @@ def layers_outside_blocks(trace: Trace, blocks: Sequence[Block], head: Site | No
     inside = {id(m) for m in modules_of(blocks)} | {
         id(m) for block in blocks for own in block.own_modules for m in own.modules()
     }
-    inside |= {id(m) for bound in (head.modules if head is not None else ()) for m in bound.modules()}
+    inside |= {id(m) for m in modules_in([head] if head is not None else [])}
     begun = [(c.start, block.index) for block in blocks for c in trace.calls if c.module is block.enter]
     bounds = {id(m) for block in blocks for m in block.modules}
     of_blocks = [c for c in trace.calls if id(c.module) in bounds]

@@ -12,7 +12,7 @@ from petune.sites.forward import black_image
 from petune.sites.input_spec import InputSpec
 from petune.sites.norms import is_norm
 from petune.sites.returned import tensors_returned
-from petune.sites.site import Block, Site
+from petune.sites.site import Block, Site, modules_in
 from petune.sites.trace import Call, Trace
 from petune.sites.undisturbed import undisturbed
 
@@ -30,7 +30,7 @@ def norms_at_end(trace: Trace, last: Block, head: Site | None, calls: Sequence[C
         calls: Those among which norms are looked for.
     """
     left = max((c for c in trace.calls if c.module is last.exit), key=lambda c: c.stop)
-    inside = {id(m) for bound in (head.modules if head is not None else ()) for m in bound.modules()}
+    inside = {id(m) for m in modules_in([head] if head is not None else [])}
     norms = [c for c in calls if c.start > left.stop and is_norm(c) and id(c.module) not in inside]
     if not norms:
         return []

@@ -17,6 +17,7 @@ from petune.sites.block import (
     Site as Site,
     Tower as Tower,
     is_within as is_within,
+    modules_in as modules_in,
     modules_of as modules_of,
 )
 from petune.sites.input_spec import InputSpec
