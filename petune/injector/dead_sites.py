@@ -65,16 +65,14 @@ class _Part:
 def check_used(attachment: Attachment) -> None:
     """Check with one forward that every adapter is called, and that the output depends on it.
 
-    The same method with the same options on the same modules, among the same others, is checked once per model.
+    The same method with the same options at the same blocks and sites, among the same others, is checked once per
+    model. A forward that has changed since then is not noticed.
 
     Raises:
         DeadSite: An adapter is not called, or no gradient reaches it.
     """
-    model, sites, log, tuner = attachment.model, attachment.sites, attachment.edit_log, attachment.tuner
-    places = [(type(holder), *((id(s.enter), id(s.exit)) for s in passed)) for holder, passed in log.placed]
-    holders = open_trainable_state(model, sites).holders
-    others = [(type(h), type(h.adapter), h.passed) for h in holders if h.enabled]
-    key = (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, *places, *others)
+    model, sites, log = attachment.model, attachment.sites, attachment.edit_log
+    key = _checked_as(attachment)
     if key in _CHECKED.get(model, ()):
         return
     adapters = [holder.adapter for holder, _ in log.placed]
@@ -91,6 +89,17 @@ def check_used(attachment: Attachment) -> None:
         _check_reached(attachment, graph)
     _name_unchosen(attachment, graph, is_partly_called)
     _CHECKED.setdefault(model, set()).add(key)
+
+
+def _checked_as(attachment: Attachment) -> tuple[Any, ...]:
+    """Return what decides the result of the check: method, options, input, blocks, sites, and the other adapters."""
+    sites, tuner = attachment.sites, attachment.tuner
+    blocks = tuple((block.path, block.exit_path) for block in sites.blocks)  # "partial" and PEFT's place no adapter
+    placed = attachment.edit_log.placed
+    places = [(type(holder), *((s.path, s.exit_path) for s in passed)) for holder, passed in placed]
+    holders = open_trainable_state(attachment.model, sites).holders
+    others = [(type(h), type(h.adapter), h.passed) for h in holders if h.enabled]
+    return (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, blocks, *places, *others)
 
 
 def _name_unchosen(attachment: Attachment, graph: _Graph | None, is_partly_called: bool) -> None:

@@ -82,6 +82,15 @@ def test_a_block_whose_output_is_not_read_is_refused_by_number() -> None:
     att.check_gradients()
 
 
+@pytest.mark.parametrize("method", ["partial", "lora", "adaptformer"])
+def test_other_blocks_of_the_same_model_are_checked_too(method: str) -> None:
+    model = Dense(first_block_only)
+    sites = petune.find_sites(model, model.input_size)
+    petune.attach(model, method, sites=sites.with_blocks([0])).detach()
+    with pytest.raises(DeadSite, match=r"vit\.blocks\.1"):
+        petune.attach(model, method, sites=sites.with_blocks([1]))
+
+
 def test_gradients_that_are_on_only_in_training_count() -> None:
     model = Dense(gradient_in_training)
     att = petune.attach(model, "adaptformer", input_size=Dense.input_size)
