@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -220,3 +221,51 @@ def test_a_copy_of_the_model_has_its_own_losses_and_none_of_the_originals() -> N
     att.detach()
     assert not att.model._forward_pre_hooks
     assert not att.model._forward_hooks
+
+
+class Penalized(nn.Module):
+    """Any adapter with a loss: it returns its vectors, the first tensor that it gets, or what `inner` makes of it."""
+
+    aux_loss: Tensor | None = None
+    num_prompts = 2
+
+    def __init__(self, returns: Callable[[Tensor, tuple[Any, ...]], Any]) -> None:
+        super().__init__()
+        self.returns = returns
+        self.vectors = nn.Parameter(torch.randn(1, 2, 24))
+
+    def forward(self, *args: Any) -> Any:
+        self.aux_loss = self.vectors.square().mean()
+        return self.returns(self.vectors, args)
+
+
+VERBS: dict[str, Callable[[petune.Edit, petune.Block], None]] = {
+    "before": lambda edit, b: edit.before(b.mlp, Penalized(lambda v, args: args[0] + v.mean())),
+    "after": lambda edit, b: edit.after(b.mlp, Penalized(lambda v, args: args[0] + v.mean())),
+    "parallel": lambda edit, b: edit.parallel(b.mlp, b.mlp, Penalized(lambda v, args: args[0] * v.mean())),
+    "gather": lambda edit, b: edit.parallel([b.attn, b.mlp], b.mlp, Penalized(lambda v, args: args[0][0] * v.mean())),
+    "stream": lambda edit, b: edit.stream(b.mid, Penalized(lambda v, args: args[0] + v.mean())),
+    "around": lambda edit, b: edit.around(b, Penalized(lambda v, args: args[0](args[1]) + v.mean())),
+    "side": lambda edit, b: edit.side([b], Penalized(lambda v, args: (args[1] * v.mean(), args[1] * v.mean()))),
+    "prompt": lambda edit, b: edit.prompt(b, Penalized(lambda v, args: v)),
+    "keys_values": lambda edit, b: edit.keys_values(b, Penalized(lambda v, args: (v, v))),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_after_a_forward_a_model_can_be_copied_whatever_its_adapters_keep(verb: str) -> None:
+    class Penalty(petune.Tuner[petune.TunerConfig]):
+        identity_at_init = False
+
+        def attach(self, edit: petune.Edit) -> None:
+            VERBS[verb](edit, edit.sites.blocks[0])
+
+    att = petune.attach(tiny(), Penalty(), name="penalty")
+    att.train()
+    att.model(X)
+    copied = copy.deepcopy(att.model).eval()
+    torch.testing.assert_close(copied(X), att.model.eval()(X))
+    att.train()
+    att.model(X)
+    with att.disabled():
+        assert att.loss(0) == 0.0

@@ -76,6 +76,7 @@ class Prompts(Holder):
                 module.switch(on)
 
     def clear(self) -> None:
+        super().clear()
         self.hidden: tuple[Tensor, Tensor] | None = None  # a block's input without and with prompts
         self.carried: tuple[int, Tensor] | None = None  # the block that prompts have left last, and these prompts
 
@@ -86,7 +87,7 @@ class Prompts(Holder):
         self.carried = snapshot
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "hidden": None, "carried": None}
+        return {**super().__getstate__(), "hidden": None, "carried": None}
 
     @property
     def num_prompts(self) -> int:
