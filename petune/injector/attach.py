@@ -103,19 +103,19 @@ def attach(
         state = open_trainable_state(model, given)
         state.add(label)
         log = EditLog(label, undo_steps=[lambda: state.remove(label)])
-        edit = Edit(model, sites, log)
+        edit = Edit(model, sites, log, state)
         try:
             with plugin_errors(TUNERS, tuner.method, type(tuner), "was attached"), missing_sites_named(sites):
                 tuner.attach(edit)
             if type(tuner).calibrate is not Tuner.calibrate:
                 add_calibration_state(model, log)
-            attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
+            attachment = Attachment(model, sites, tuner, name, log, state, train_head, keep_original)
             _check_trains(attachment)
             check_follows_blocks(attachment)
             _check_kinds_of_tensors(attachment)
             check_new_weights(attachment, new)
             warn_of_shared_head(attachment)
-            check_used(attachment)
+            check_used(attachment, state.holders)
             warn_of_layers_outside_blocks(attachment)
             warn_of_further_norms(attachment)
             warn_of_unadapted_mlps(attachment)

@@ -26,7 +26,7 @@ from petune.injector.param_groups import groups_by_part, undecayed_keys
 from petune.injector.recorded_outputs import recorded_outputs
 from petune.injector.registry import call_hook
 from petune.injector.saving import describe, write
-from petune.injector.trainable import open_trainable_state
+from petune.injector.trainable import TrainableState
 from petune.injector.tuner import Recipe, Tuner
 from petune.injector.unfrozen import refuse_unfrozen, warn_of_changed
 from petune.sites.forward import forget_caches
@@ -57,6 +57,7 @@ class Attachment:
         tuner: Tuner[Any],
         name: str,
         edit_log: EditLog,
+        state: TrainableState,
         train_head: bool,
         keep_original: bool,
     ) -> None:
@@ -72,7 +73,7 @@ class Attachment:
         self.tuned = self.tensors.tuned
         self.head = self.tensors.head
         self.counts = self.tensors.counts()
-        state = open_trainable_state(model, sites)
+        self._state = state
         state.set_parts(edit_log.label, self.tensors.parts(), self.tensors.in_place(), keep_original=keep_original)
         watched = self.tensors.with_gradients()
         self._aux_losses = AuxLosses(name, model, tuner, edit_log)
@@ -127,7 +128,7 @@ class Attachment:
         Without it they act in what the method trains. Return the number of the backbone's modules that drop something.
         """
         self._check_attached()
-        return open_trainable_state(self.model, self.sites).set_backbone_dropout(active)
+        return self._state.set_backbone_dropout(active)
 
     @property
     def is_calibrated(self) -> bool:
@@ -333,18 +334,17 @@ class Attachment:
         self.enable()
         in_place = self.tensors.in_place()
         self._check_in_model(in_place)
-        state = open_trainable_state(self.model, self.sites)
-        by_hand = state.changed_by_hand()
+        by_hand = self._state.changed_by_hand()
         if self.edit_log.can_fold:
             try:
-                fold(self.model, self.sites, self.edit_log, self.name)
+                fold(self.model, self.sites, self.edit_log, self._state, self.name)
             except BaseException:
                 if not was_enabled:
                     self.disable()
                 raise
-        state.make_original(self.edit_log.label, in_place)
+        self._state.make_original(self.edit_log.label, in_place)
         self._undo()
-        state.accept_values(except_for=by_hand)
+        self._state.accept_values(except_for=by_hand)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         raise AttachError(
@@ -387,7 +387,7 @@ class Attachment:
 
     def _exchange(self, on: bool, in_place: dict[str, Tensor]) -> None:
         """Give tensors that train in place their trained values, or the values they have without this attachment."""
-        open_trainable_state(self.model, self.sites).set_enabled(self.edit_log.label, on, in_place)
+        self._state.set_enabled(self.edit_log.label, on, in_place)
         if in_place:
             forget_caches(self.model)
 

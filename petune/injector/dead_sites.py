@@ -17,7 +17,7 @@ from petune.base.errors import DeadSite
 from petune.base.text import shortened
 from petune.injector.attachment import Attachment
 from petune.injector.edit_log import EditLog
-from petune.injector.trainable import open_trainable_state
+from petune.injector.hooks.base import Holder
 from petune.sites.forward import device_of, dtype_of, inference
 from petune.sites.random_numbers import is_large
 from petune.sites.recorder import record_calls
@@ -62,17 +62,21 @@ class _Part:
     parameters: tuple[nn.Parameter, ...]
 
 
-def check_used(attachment: Attachment) -> None:
+def check_used(attachment: Attachment, holders: Iterable[Holder]) -> None:
     """Check with one forward that every adapter is called, and that the output depends on it.
 
     The same method with the same options at the same blocks and sites, among the same others, is checked once per
     model. A forward that has changed since then is not noticed.
 
+    Args:
+        attachment: The new one.
+        holders: All adapters in the model.
+
     Raises:
         DeadSite: An adapter is not called, or no gradient reaches it.
     """
     model, sites, log = attachment.model, attachment.sites, attachment.edit_log
-    key = _checked_as(attachment)
+    key = _checked_as(attachment, holders)
     if key in _CHECKED.get(model, ()):
         return
     adapters = [holder.adapter for holder, _ in log.placed]
@@ -91,13 +95,12 @@ def check_used(attachment: Attachment) -> None:
     _CHECKED.setdefault(model, set()).add(key)
 
 
-def _checked_as(attachment: Attachment) -> tuple[Any, ...]:
+def _checked_as(attachment: Attachment, holders: Iterable[Holder]) -> tuple[Any, ...]:
     """Return what decides the result of the check: method, options, input, blocks, sites, and the other adapters."""
     sites, tuner = attachment.sites, attachment.tuner
     blocks = tuple((block.path, block.exit_path) for block in sites.blocks)  # "partial" and PEFT's place no adapter
     placed = attachment.edit_log.placed
     places = [(type(holder), *((s.path, s.exit_path) for s in passed)) for holder, passed in placed]
-    holders = open_trainable_state(attachment.model, sites).holders
     others = [(type(h), type(h.adapter), h.passed) for h in holders if h.enabled]
     return (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, blocks, *places, *others)
 

@@ -13,22 +13,19 @@ from petune.injector.edit_log import ChangedLayer, EditLog
 from petune.injector.hooks.around import Around
 from petune.injector.hooks.base import After, Before, idempotent, resting
 from petune.injector.hooks.keys_values import KeysValues
-from petune.injector.hooks.reading import Gather, Parallel
 from petune.injector.hooks.side import Side
-from petune.injector.hooks.spanning import Spanning, spans_blocks
 from petune.injector.hooks.torch_attention import Projections
 from petune.injector.layers import LayerFinder
 from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
 from petune.injector.sparse import SparseParameters
 from petune.injector.token_grid import TokenGrid, patch_convolution
-from petune.injector.trainable import open_trainable_state
+from petune.injector.trainable import TrainableState
 from petune.sites.required import (
     require_all_channels,
     require_block,
     require_editable,
     require_input,
-    require_readable,
     require_site,
     require_whole,
 )
@@ -56,14 +53,24 @@ class Edit:
         name: The attachment's name; adapters are registered as `petune_<name>`.
     """
 
-    def __init__(self, model: nn.Module, sites: Sites, log: EditLog) -> None:
+    def __init__(self, model: nn.Module, sites: Sites, log: EditLog, state: TrainableState) -> None:
         self.model = model
         self.sites = sites
         self.name = log.label
-        self._log = log
+        self._state = state
         self._layers = LayerFinder(model, sites)
-        self._placer = Placer(model, sites, log)
-        self._prompts = PromptPlacer(model, sites, self._placer)
+        self._open_placer = Placer(model, sites, log, state)
+        self._prompts = PromptPlacer(model, sites, self._open_placer)
+
+    @property
+    def _placer(self) -> Placer:
+        """Return what puts adapters into the model; refuse after detach, when nothing would take them out again."""
+        self._open_placer.log.check_open()
+        return self._open_placer
+
+    @property
+    def _log(self) -> EditLog:
+        return self._placer.log
 
     # Change the forward
 
@@ -76,16 +83,7 @@ class Edit:
             adapter: Maps (..., D of enter) to (..., D of exit); for several sites, a list of such tensors.
             leaving: Read what leaves ENTER instead.
         """
-        exit = require_editable(exit, "parallel")
-        enters = enter if isinstance(enter, Sequence) else [enter]
-        enters = [require_readable(site, "parallel", leaving=leaving) for site in enters]
-        holder = self._reader(enters, exit, adapter, leaving=leaving, single=not isinstance(enter, Sequence))
-        holder.part = exit.part
-        self._placer.call_qkv(*enters, exit)
-        self._placer.add(holder, exit, *enters, exit)
-        self._placer.read(holder, enters, leaving=leaving)
-        # the innermost hook, so that the output still has the tokens that ENTER saw; it runs after an exception too
-        self._placer.hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
+        self._placer.parallel(enter, exit, adapter, leaving=leaving)
 
     def before(self, site: Site, adapter: nn.Module) -> None:
         """Replace what enters `site` by the adapter's output, a map from (..., D) to (..., D)."""
@@ -156,6 +154,7 @@ class Edit:
         Raises:
             AttachError: A block uses token positions in a way that prompts would silently break.
         """
+        self._log.check_open()
         self._prompts.place(blocks, adapter)
 
     def keys_values(self, block: Block, adapter: nn.Module) -> None:
@@ -235,7 +234,7 @@ class Edit:
             AttachError: No softmax of q · k was found there.
         """
         layers = self.linear_layers(require_block(block, "attention").attn, pointwise=True, transposed=True)
-        known = open_trainable_state(self.model, self.sites).projections
+        known = self._state.projections
         with resting(self.model, Around, KeysValues, Projections, Side):
             return find_attention(self.model, self.sites, block, layers, known)
 
@@ -259,12 +258,12 @@ class Edit:
 
     def token_grid(self) -> TokenGrid:
         """Return the grid of patches of each call: `token_grid.of(num_tokens)` inside an adapter, at any image size."""
-        grid = TokenGrid(self.sites)
+        placer, grid = self._placer, TokenGrid(self.sites)
         self.sites.require_blocks()
         maker = patch_convolution(self.model, self.sites)
         handles = grid.watch(self.model) if maker is None else [maker.register_forward_hook(grid.leave)]
         for handle in handles:
-            self._placer.hook(handle)
+            placer.hook(handle)
         return grid
 
     def backbone(self) -> list[nn.Module]:
@@ -374,15 +373,6 @@ class Edit:
     def on_detach(self, fn: Callable[[], object]) -> None:
         """Call `fn` on detach, to undo what was changed by hand. The last registered one is called first."""
         self._log.undo_steps.append(fn)
-
-    def _reader(
-        self, enters: Sequence[Site], exit: Site, adapter: nn.Module, *, leaving: bool, single: bool
-    ) -> Parallel | Gather:
-        layouts = tuple(site.layout for site in enters)
-        reads = [site.exit if leaving else site.enter for site in enters]
-        if spans_blocks(self.sites, reads, exit, leaving=leaving):
-            return Spanning(adapter, layouts, exit.layout, single=single)
-        return Parallel(adapter, layouts[0], exit.layout) if single else Gather(adapter, layouts, exit.layout)
 
 
 def forget_forwards(edit: Edit) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from petune.base.errors import NotMergeable
+from petune.base.errors import AttachError, NotMergeable
 from petune.injector.calibration import CalibrationState
 from petune.injector.hooks.base import After, Before, Holder
 from petune.injector.hooks.torch_attention import Projection
@@ -68,6 +68,7 @@ class EditLog:
         changes_all_rows: True if something else was changed by hand, which affects every row of a batch.
         merges: Called on merge, to fold in an edit made by hand.
         undo_steps: Called on detach, the last one first.
+        is_undone: True once the attachment was detached or merged.
     """
 
     label: str
@@ -87,6 +88,7 @@ class EditLog:
     changes_all_rows: bool = False
     merges: list[Callable[[], object]] = field(default_factory=list)
     undo_steps: list[Callable[[], object]] = field(default_factory=list)
+    is_undone: bool = False
 
     @property
     def can_fold(self) -> bool:
@@ -144,8 +146,21 @@ class EditLog:
         for holder, sites in _fold_order(self.placed, method):
             holder.adapter.merge(sites[-1].exit)  # type: ignore[operator]
 
+    def check_open(self) -> None:
+        """Check that edits can still be recorded.
+
+        Raises:
+            AttachError: The attachment was detached or merged: nothing would undo them.
+        """
+        if self.is_undone:
+            raise AttachError(
+                f"an edit of {self.label} was used after detach or merge. Attach the method again: its `attach` gets a "
+                "new edit"
+            )
+
     def undo(self) -> None:
         """Undo every edit, the last one first; the model is as it was."""
+        self.is_undone = True
         for holder, _ in self.placed:
             holder.clear()
         while self.undo_steps:

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from petune.adapters.fingerprint import plain_parts
 from petune.base.errors import NotMergeable
 from petune.injector.edit_log import EditLog
-from petune.injector.trainable import open_trainable_state
+from petune.injector.trainable import TrainableState
 from petune.sites.logits import max_difference, max_value, synthetic_logits
 from petune.sites.site import Sites
 
@@ -20,13 +20,14 @@ MAX_CHANGE = 1e-3
 MAX_CHANGE_IN_HALF = 5e-2
 
 
-def fold(model: nn.Module, sites: Sites, log: EditLog, name: str) -> None:
+def fold(model: nn.Module, sites: Sites, log: EditLog, state: TrainableState, name: str) -> None:
     """Fold the adapters into the weights, and disable them. If that fails, everything is as before.
 
     Args:
         model: The model.
         sites: Its sites.
         log: The attachment's edits; they are enabled.
+        state: The model's.
         name: The attachment's name, for messages.
 
     Raises:
@@ -38,7 +39,7 @@ def fold(model: nn.Module, sites: Sites, log: EditLog, name: str) -> None:
     expected = synthetic_logits(model, sites)
     try:
         _fold(model, log, name)
-        _check_not_shared(model, sites, log, name, before)
+        _check_not_shared(model, log, state, name, before)
         log.set_enabled(False)
         largest = max(max_value(expected), torch.finfo(expected.dtype).tiny)
         change = max_difference(synthetic_logits(model, sites), expected) / largest
@@ -107,9 +108,10 @@ def _are_equal(tensor: Tensor, other: Tensor) -> bool:
     return all(torch.equal(part, old) for (_, part), (_, old) in pairs)
 
 
-def _check_not_shared(model: nn.Module, sites: Sites, log: EditLog, name: str, before: Mapping[str, Tensor]) -> None:
+def _check_not_shared(
+    model: nn.Module, log: EditLog, state: TrainableState, name: str, before: Mapping[str, Tensor]
+) -> None:
     """Check that no other attachment would undo the fold when it restores its original values."""
-    state = open_trainable_state(model, sites)
     for key, tensor in model.state_dict().items():
         if key not in before or _are_equal(tensor, before[key]):
             continue

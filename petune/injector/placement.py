@@ -19,23 +19,31 @@ from petune.injector.hooks.keys_values import KeysValues
 from petune.injector.hooks.prompts import order_hooks
 from petune.injector.hooks.reading import Gather, Parallel
 from petune.injector.hooks.side import Side, SideStep
+from petune.injector.hooks.spanning import Spanning, spans_blocks
 from petune.injector.hooks.stream import Stream, let_readers_keep_copies
 from petune.injector.qkv import qkv_readers
 from petune.injector.shared_modules import refuse_shared
 from petune.injector.sparse import SparseParameters
-from petune.injector.trainable import CONTAINERS, added_to, host_for, open_trainable_state
+from petune.injector.trainable import CONTAINERS, TrainableState, added_to, host_for
 from petune.injector.zero_entries import ZeroEntries
-from petune.sites.required import require_all_channels, require_editable, require_stream, require_whole
+from petune.sites.required import (
+    require_all_channels,
+    require_editable,
+    require_readable,
+    require_stream,
+    require_whole,
+)
 from petune.sites.site import Block, Site, Sites
 
 
 class Placer:
     """Registers what an edit puts into a model. Everything is recorded in the log and undone with it."""
 
-    def __init__(self, model: nn.Module, sites: Sites, log: EditLog) -> None:
+    def __init__(self, model: nn.Module, sites: Sites, log: EditLog, state: TrainableState) -> None:
         self.model = model
         self.sites = sites
         self.log = log
+        self.state = state
         self._shared = sites.shared_with_left_out()
 
     def add(self, holder: Holder, near: Site, *passed: Site) -> None:
@@ -57,7 +65,7 @@ class Placer:
         holder.to(next(weights, torch.empty(0, device="cpu")))
         holder.train(self.model.training)
         host.add_module(attribute, holder)
-        holders = open_trainable_state(self.model, self.sites).holders
+        holders = self.state.holders
         holders.append(holder)
         holder.passed = tuple(site.path for site in passed)
         self.log.undo_steps += [lambda: delattr(host, attribute), lambda: holders.remove(holder)]
@@ -69,7 +77,29 @@ class Placer:
         order_hooks(hooks, handle.id)
         self.log.undo_steps.append(handle.remove)
 
-    def read(self, holder: Parallel | Gather, enters: Sequence[Site], *, leaving: bool) -> None:
+    def parallel(self, enter: Site | Sequence[Site], exit: Site, adapter: nn.Module, *, leaving: bool) -> None:
+        """See `Edit.parallel`."""
+        exit = require_editable(exit, "parallel")
+        enters = enter if isinstance(enter, Sequence) else [enter]
+        enters = [require_readable(site, "parallel", leaving=leaving) for site in enters]
+        holder = self._reader(enters, exit, adapter, leaving=leaving, single=not isinstance(enter, Sequence))
+        holder.part = exit.part
+        self.call_qkv(*enters, exit)
+        self.add(holder, exit, *enters, exit)
+        self._read(holder, enters, leaving=leaving)
+        # the innermost hook, so that the output still has the tokens that ENTER saw; it runs after an exception too
+        self.hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
+
+    def _reader(
+        self, enters: Sequence[Site], exit: Site, adapter: nn.Module, *, leaving: bool, single: bool
+    ) -> Parallel | Gather:
+        layouts = tuple(site.layout for site in enters)
+        reads = [site.exit if leaving else site.enter for site in enters]
+        if spans_blocks(self.sites, reads, exit, leaving=leaving):
+            return Spanning(adapter, layouts, exit.layout, single=single)
+        return Parallel(adapter, layouts[0], exit.layout) if single else Gather(adapter, layouts, exit.layout)
+
+    def _read(self, holder: Parallel | Gather, enters: Sequence[Site], *, leaving: bool) -> None:
         """Put in the hooks by which an adapter reads: what enters the sites, or what leaves them."""
         holder.between = all(site.read_only for site in enters)
         holder.reads_output = leaving
@@ -107,7 +137,7 @@ class Placer:
             require_all_channels(site, "around")
         self.call_qkv(*sites)
         links, num_items = links_of(self.model, self.sites, sites)
-        holders = open_trainable_state(self.model, self.sites).holders
+        holders = self.state.holders
         holder = Around(adapter, links, sites[0].layout, sites[-1].layout, holders)
         first = links[0].module
         block_of = {m: b.index for b in self.sites.all_blocks for root in b.own_modules for m in root.modules()}
@@ -162,7 +192,7 @@ class Placer:
             AttachError: The attention is no module of its own, or has such an adapter.
         """
         site = attention.site
-        known = open_trainable_state(self.model, self.sites).holders
+        known = self.state.holders
         others = [h for h in known if isinstance(h, KeysValues) and h.hidden[0] is site.enter]
         if not site.is_module or any(h.enabled for h in others):
             reason = "has keys and values of another adapter" if site.is_module else "is several modules"
@@ -191,7 +221,7 @@ class Placer:
         self.toggle(switch, on=False)
 
     def _refuse_other_keys(self, holder: KeysValues) -> None:
-        known = open_trainable_state(self.model, self.sites).holders
+        known = self.state.holders
         same = (h for h in known if isinstance(h, KeysValues) and h.hidden[0] is holder.hidden[0])
         if any(h.enabled and h is not holder for h in same):
             raise AttachError(
@@ -238,7 +268,7 @@ class Placer:
         Raises:
             AttachError: One does.
         """
-        state = open_trainable_state(self.model, self.sites)
+        state = self.state
         others = {name: parts for name, parts in state.attachments.items() if name != self.log.label}
         own = {id(p) for entries in self.log.sparse for p in entries.targets}
         own |= set() if whole else {id(p) for p in self.log.unfrozen}
@@ -285,7 +315,7 @@ class Placer:
     def call_qkv(self, *sites: Site) -> None:
         """Let an attention call its qkv layer if one of `sites` is that layer; see `call_qkv_within`."""
         edited = {id(site.enter) for site in sites}
-        state, name = open_trainable_state(self.model, self.sites), self.log.label
+        state, name = self.state, self.log.label
         for layers in state.projections.values():
             if any(id(layer) in edited for layer in layers.children()):
                 self.toggle(lambda on, layers=layers: layers.use(name, on), on=False)  # type: ignore[misc]
@@ -299,7 +329,7 @@ class Placer:
             self._call_qkv_of(attention)
 
     def _call_qkv_of(self, attention: Any) -> None:
-        state, name = open_trainable_state(self.model, self.sites), self.log.label
+        state, name = self.state, self.log.label
         if attention.qkv_bias_separate is False or attention in state.qkv_users:
             self.toggle(lambda on: state.use_qkv_module(attention, name, on), on=False)
 

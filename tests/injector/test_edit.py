@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.base.errors import DeadSite
+from petune.base.errors import AttachError, DeadSite
 from tests.tiny import tiny
 
 READ_QKV = ["beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256"]
@@ -122,3 +123,37 @@ def test_train_returns_what_trains_now() -> None:
     others = {id(p) for p in first.tuned.values()}
     expected = [p for p in model.blocks[0].parameters() if id(p) not in others]
     assert [id(p) for p in trained] == [id(p) for p in expected]
+
+
+VERBS: dict[str, Callable[[petune.Edit, petune.Block], object]] = {
+    "after": lambda edit, block: edit.after(block.mlp, Add(0.5)),
+    "around": lambda edit, block: edit.around(block, Add(0.5)),
+    "prompt": lambda edit, block: edit.prompt(block, Add(0.5)),
+    "train": lambda edit, block: edit.train(block),
+    "token_grid": lambda edit, block: edit.token_grid(),
+    "on_detach": lambda edit, block: edit.on_detach(print),
+    "attention": lambda edit, block: edit.attention(block),
+}
+"""The last one only looks, and is not refused."""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_after_detach_leaves_nothing_on_the_model(verb: str) -> None:
+    model = tiny()
+    edits: list[petune.Edit] = []
+
+    def change(edit: petune.Edit) -> None:
+        edits.append(edit)
+        edit.after(edit.sites.blocks[0], Add(0.5))
+
+    keys, hooks = [*vars(model)], [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    petune.attach(model, Custom(change)).detach()
+    refused: contextlib.AbstractContextManager[object] = (
+        contextlib.nullcontext() if verb == "attention" else pytest.raises(AttachError, match="after detach")
+    )
+    with refused:
+        VERBS[verb](edits[0], edits[0].sites.blocks[0])
+    assert [*vars(model)] == keys
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert all(p.requires_grad for p in model.parameters())
+    assert [path for path, _ in model.named_modules()] == [path for path, _ in tiny().named_modules()]
