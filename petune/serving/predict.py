@@ -29,7 +29,7 @@ from petune.serving.whole_image import WholeImage, whole_outputs
 from petune.sites.logits import logits_of
 from petune.training.config import Precision
 from petune.training.evaluate import mean_of_views
-from petune.training.precision import choose_attention, choose_device, choose_precision
+from petune.training.precision import choose_attention, choose_device, choose_precision, set_float32_products
 
 if TYPE_CHECKING:
     from petune.serving.image_transform import LoadedImage
@@ -83,6 +83,7 @@ class Predictor:
         """
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
+        set_float32_products(self.precision, self.device)
         restored = restore(Path(path), weights, trust_remote_code=trust_remote_code)
         self.metadata = restored.metadata
         self.method = restored.attachment.name

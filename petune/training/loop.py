@@ -38,7 +38,7 @@ from petune.training.meter import Meter
 from petune.training.migrations import check_same_batches
 from petune.training.mixup import BatchMixer
 from petune.training.optim import create_optimizer, create_schedule, peak_rate
-from petune.training.precision import autocast, choose_attention, choose_precision
+from petune.training.precision import autocast, choose_attention, choose_precision, set_float32_products
 from petune.training.progress import FitResult, Progress
 from petune.training.randomness import seed_generators
 from petune.training.run_files import RunFiles
@@ -330,7 +330,7 @@ class Trainer:
 
     def _apply_precision(self) -> None:
         """Tell PyTorch and the attention layers about the number format."""
-        choose_precision(self.precision, self.device)
+        set_float32_products(self.precision, self.device)
         for module in self.unfused_attention:
             module.fused_attn = True  # type: ignore[assignment]
         self.unfused_attention = choose_attention(self.model, self.device, self.precision)

@@ -39,8 +39,6 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(wanted: Precision, device: torch.device) -> NumberFormat:
     """Return `wanted`; for `auto`, bfloat16 where it is faster.
 
-    On a GPU float32 is exact, convolutions included; `tf32` lets products of it be rounded.
-
     Raises:
         ConfigError: There is no such format, or it is `tf32` and the device is not an NVIDIA GPU.
     """
@@ -48,9 +46,6 @@ def choose_precision(wanted: Precision, device: torch.device) -> NumberFormat:
         raise ConfigError(f"no such precision: {wanted!r}. Use one of {', '.join(get_args(Precision))}")
     if wanted == "tf32" and device.type != "cuda":
         raise ConfigError(f"precision tf32 needs an NVIDIA GPU, but the device is {device.type}. Use fp32 or bf16")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if wanted == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = wanted == "tf32"
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
@@ -58,6 +53,16 @@ def choose_precision(wanted: Precision, device: torch.device) -> NumberFormat:
     if device.type != "cpu":
         return "fp32"
     return "bf16" if bf16_speedup_on_cpu() >= MIN_BF16_SPEEDUP else "fp32"
+
+
+def set_float32_products(precision: NumberFormat, device: torch.device) -> None:
+    """Tell PyTorch how exact float32 is on a GPU: fully, convolutions included; with `tf32` products are rounded.
+
+    PyTorch keeps this for the process.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def autocast(device: torch.device, precision: NumberFormat) -> torch.autocast:
