@@ -26,7 +26,7 @@ from petune.runner.result import RunResult
 from petune.runner.run import check_task_of_dataset
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import NEW_OUTPUT, check_run_dir, open_run_dir
-from petune.runner.run_inputs import check_inputs, check_pixels_of_runs
+from petune.runner.run_inputs import RunInputs, check_inputs, check_pixels_of_runs
 from petune.runner.stored_config import check_config, write_config
 from petune.training.events import Event, Note
 from petune.training.run_files import METRICS_FILE
@@ -76,8 +76,8 @@ def compare(
     with group.on_main(opened):
         group.broadcast(lambda: _check_runs(runs))
         group.broadcast(lambda: write_config(run_dir, stored, "compare"))
-        inputs = (run_dir, config.run.dataset, config.run.weights)
-        group.broadcast(lambda: check_inputs(*inputs, methods=options, data_dir=config.run.data_dir))
+        inputs = RunInputs(config.run.dataset, config.run.weights, config.run.data_dir, methods=options)
+        group.broadcast(lambda: check_inputs(run_dir, inputs))
         group.broadcast(lambda: check_pixels_of_runs(runs))
         omitted = group.broadcast(lambda: _omitted_rows(config, run_dir))
         if omitted:

@@ -7,12 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from petune.adapters.format import SavedAdapter
 from petune.backbones.create import Backbone, create_backbone, input_side
-from petune.backbones.input_channels import RGB_CHANNELS
 from petune.backbones.weights import load_adapters
 from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import ConfigError
@@ -20,9 +18,7 @@ from petune.base.plugins import plugin_errors
 from petune.base.text import plural
 from petune.data import Dataset, Preprocess
 from petune.data.merge import merge_val
-from petune.data.policy import check_augment
-from petune.data.preprocess import GRAY_WEIGHTS
-from petune.data.steps import check_images
+from petune.data.statistics import Statistics
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.load import has_other_head, start_from
@@ -31,24 +27,23 @@ from petune.runner.backbone_dropout import choose_backbone_dropout
 from petune.runner.check_options import check_head, check_layer_decay
 from petune.runner.continued import check_same_model, describe_start, keeps_head, tensors_digest
 from petune.runner.input_tokens import warn_of_tokens
-from petune.runner.provenance import PeakMemory, git_state
+from petune.runner.provenance import PeakMemory, record_git_state
+from petune.runner.recipes import complete_options
 from petune.runner.run_adapter import InitialValues, read_run_adapter
 from petune.runner.run_config import RunConfig
 from petune.runner.run_data import backbone_channels, check_unseen, note_of_clips, prepare_data
-from petune.runner.run_inputs import check_inputs
+from petune.runner.run_inputs import RunInputs, check_inputs
+from petune.runner.run_preprocess import choose_preprocess
 from petune.sites.file_values import settle
 from petune.sites.find import find_sites
 from petune.training.batch_loss import check_task_options
 from petune.training.chosen_metric import check_chosen_metric
-from petune.training.config import AUTO, TrainConfig
+from petune.training.config import TrainConfig
 from petune.training.events import Note, Watch, ignore
 from petune.training.precision import choose_device, choose_precision
 from petune.training.stop import StopFlag
 from petune.training.task import Task
 from petune.training.task_registry import TASKS, describe_task, fitted_task
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of the channels, for pixels in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +93,17 @@ class Prepared:
         return initial_values(self.config, self.task, self.start)
 
 
+@dataclass(frozen=True)
+class _Images:
+    """The images of a run, and what follows from them before there is a model; see `Prepared`."""
+
+    config: RunConfig
+    train: TrainConfig
+    dataset: Dataset
+    task: Task[Any]
+    start: SavedAdapter | None
+
+
 def prepare(
     config: RunConfig,
     tuner: Tuner[Any],
@@ -119,57 +125,94 @@ def prepare(
         statistics: Normalize images by these; None takes the backbone's, or else measures the training split.
         with_val: Train on val too.
     """
-    git_state()  # of the code that trains, whatever is committed meanwhile
+    record_git_state()
     group = context.group
     with context.stop.immediately(group):
         device = group.device(choose_device(config.device))
-        dataset = group.main_first(lambda: prepare_data(config))
-        if config.from_run is not None:
-            group.main_first(lambda: check_unseen(config, dataset))
-        if with_val:
-            dataset = merge_val(dataset)
-        task = fitted_task(config.task, dataset)
-        context.note(check_chosen_metric(task, config.train.choose, dataset.val, device))
-        side = input_side(config.backbone, config.image_size, config.backbone_options)
-        train = complete_options(config.train, recipe, dataset, side)
-        check_task_options(task, train, dataset.train, group.size)
-        check_head(config.head, train)
-        options = {config.method: tuner.config}
-        filled_in = train.model_dump(mode="json", include={"lr", "weight_decay", "optimizer", "augment"})
-        start = read_start(config)
-        digest = tensors_digest(start) if start else ""
-        recorded = {key: value for key, value in describe_task(task).items() if key != "state"}
-        inputs = (config.dataset, config.weights, filled_in, options, digest, config.data_dir, recorded)
-        group.broadcast(lambda: check_inputs(context.run_dir, *inputs))
-        initial = initial_values(config, task, start)
-        channels = backbone_channels(config, dataset)
-        build = partial(
-            prepare_backbone, task=task, initial=initial, channels=channels, num_frames=dataset.train.num_frames
-        )
-        if train.layer_decay is not None:
-            check_layer_decay(config, tuner, train.layer_decay, build)
-        alone = group.size == 1 and device.type == "cpu" and not keep_head
-        stays = alone and choose_precision(train.precision, device) == "bf16"
-        backbone = group.main_first(lambda: build(config, keep_head=keep_head, stay_in_file=stays))
-        context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
-        context.note(_note_of_channels(channels, backbone))
-        context.note(note_of_clips(backbone))
-        context.note(warn_of_tokens(config, backbone.sites or find_sites(backbone.model)) if config.image_size else "")
+        images = _prepare_images(config, recipe, context, device, with_val=with_val)
+        inputs = _inputs(images, tuner)
+        group.broadcast(lambda: check_inputs(context.run_dir, inputs))
+        backbone = _prepare_model(images, tuner, context, device, keep_head=keep_head)
         memory = PeakMemory(device)
-        torch.manual_seed(config.seed)  # adapters start the same, whatever was drawn before
-        attachment = attach(
-            backbone.model.to(device), tuner, sites=backbone.sites, name=tuner.method, keep_original=False
-        )
-        choose_backbone_dropout(attachment, config.drop_rates, context.note)
-        if backbone.file is not None and backbone.file.adapters:
-            load_adapters(attachment.model, backbone.file, config.method)
-        if start is not None:
-            statistics = _continue(attachment, start, task, context)
+        attachment = _attach(config, tuner, backbone, device, context)
+        if images.start is not None:
+            statistics = _continue(attachment, images.start, images.task, context)
         settle(attachment.model.parameters())
     if statistics is None and backbone.file is not None and backbone.mean is None:
         context.note(f"{backbone.weights} does not record mean and std of its images; this dataset's are used")
+    train, dataset, task, start = images.train, images.dataset, images.task, images.start
     preprocess = choose_preprocess(backbone, dataset, statistics, attachment.sites.input_size[-3])
     return Prepared(config, train, dataset, task, backbone, attachment, preprocess, device, memory, start)
+
+
+def _prepare_images(
+    config: RunConfig, recipe: Recipe, context: RunContext, device: torch.device, *, with_val: bool
+) -> _Images:
+    """Read the images and fit the task to them; complete the training options, and check them."""
+    group = context.group
+    dataset = group.main_first(lambda: prepare_data(config))
+    if config.from_run is not None:
+        group.main_first(lambda: check_unseen(config, dataset))
+    if with_val:
+        dataset = merge_val(dataset)
+    task = fitted_task(config.task, dataset)
+    context.note(check_chosen_metric(task, config.train.choose, dataset.val, device))
+    side = input_side(config.backbone, config.image_size, config.backbone_options)
+    train = complete_options(config.train, recipe, dataset, side)
+    check_task_options(task, train, dataset.train, group.size)
+    check_head(config.head, train)
+    return _Images(config, train, dataset, task, read_start(config))
+
+
+def _inputs(images: _Images, tuner: Tuner[Any]) -> RunInputs:
+    """Return what the run directory records."""
+    config, start = images.config, images.start
+    return RunInputs(
+        config.dataset,
+        config.weights,
+        config.data_dir,
+        recipe=images.train.model_dump(mode="json", include={"lr", "weight_decay", "optimizer", "augment"}),
+        methods={config.method: tuner.config},
+        from_run=tensors_digest(start) if start else "",
+        task={key: value for key, value in describe_task(images.task).items() if key != "state"},
+    )
+
+
+def _prepare_model(
+    images: _Images, tuner: Tuner[Any], context: RunContext, device: torch.device, *, keep_head: bool
+) -> Backbone:
+    """Build the backbone with its weights, and note what a user should know of it."""
+    config, dataset, group = images.config, images.dataset, context.group
+    channels = backbone_channels(config, dataset)
+    build = partial(
+        prepare_backbone,
+        task=images.task,
+        initial=initial_values(config, images.task, images.start),
+        channels=channels,
+        num_frames=dataset.train.num_frames,
+    )
+    if images.train.layer_decay is not None:
+        check_layer_decay(config, tuner, images.train.layer_decay, build)
+    alone = group.size == 1 and device.type == "cpu" and not keep_head
+    stays = alone and choose_precision(images.train.precision, device) == "bf16"
+    backbone = group.main_first(lambda: build(config, keep_head=keep_head, stay_in_file=stays))
+    context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
+    context.note(_note_of_channels(channels, backbone))
+    context.note(note_of_clips(backbone))
+    context.note(warn_of_tokens(config, backbone.sites or find_sites(backbone.model)) if config.image_size else "")
+    return backbone
+
+
+def _attach(
+    config: RunConfig, tuner: Tuner[Any], backbone: Backbone, device: torch.device, context: RunContext
+) -> Attachment:
+    """Attach the method on the device, with the adapters that the weights file has."""
+    torch.manual_seed(config.seed)  # adapters start the same, whatever was drawn before
+    attachment = attach(backbone.model.to(device), tuner, sites=backbone.sites, name=tuner.method, keep_original=False)
+    choose_backbone_dropout(attachment, config.drop_rates, context.note)
+    if backbone.file is not None and backbone.file.adapters:
+        load_adapters(attachment.model, backbone.file, config.method)
+    return attachment
 
 
 def read_start(config: RunConfig) -> SavedAdapter | None:
@@ -270,78 +313,3 @@ def with_head_of(task: Task[Any], backbone: Backbone, seed: int) -> Backbone:
     with plugin_errors(TASKS, task.name, type(task), "added its head"):
         model = task.add_head(backbone.model, seed)
     return replace(backbone, model=model, sites=None if task.has_own_head else backbone.sites)
-
-
-def choose_preprocess(
-    backbone: Backbone, dataset: Dataset, statistics: Statistics | None = None, channels: int = 3
-) -> Preprocess:
-    """Normalize by `statistics`, else as the weights were trained, else by the training split's own mean and std.
-
-    Args:
-        backbone: Its image size, and the statistics of its weights.
-        dataset: RGB images of 8 bits have the statistics of the weights; others are measured.
-        statistics: Mean and standard deviation per channel.
-        channels: Channels of the backbone's input. One gets gray images, with the mean of the channels' statistics,
-            weighted as the channels are in gray.
-
-    Raises:
-        ConfigError: It is not what the dataset has, nor 1 for RGB images.
-    """
-    images = dataset.train.images
-    stored = images.shape[-1]
-    check_channels(channels, stored)
-    is_rgb = stored == RGB_CHANNELS and images.dtype == np.uint8
-    if (
-        statistics is None
-        and backbone.mean
-        and backbone.std
-        and (is_rgb or len(backbone.mean) == stored != RGB_CHANNELS)
-    ):
-        statistics = backbone.mean, backbone.std
-    mean, std = statistics or dataset.train.channel_statistics()
-    if channels == 1 and len(mean) == 3:
-        mean, std = ((sum(w * v for w, v in zip(GRAY_WEIGHTS, values, strict=True)),) for values in (mean, std))
-    return Preprocess(backbone.image_size, mean, std, dataset.train.num_frames)
-
-
-def check_channels(channels: int, stored: int = RGB_CHANNELS) -> None:
-    """Check that a backbone takes images as the dataset has them.
-
-    Args:
-        channels: Of the backbone's input.
-        stored: Of the images.
-
-    Raises:
-        ConfigError: It takes another number, and not one for RGB images, which become gray.
-    """
-    if channels != stored and not (channels == 1 and stored == RGB_CHANNELS):
-        gray = " (RGB), or 1 after conversion to gray" if stored == RGB_CHANNELS else ""
-        raise ConfigError(
-            f"the backbone takes images of {plural(channels, 'channel')}, but the dataset has {stored}{gray}. Leave "
-            "in_chans out: the backbone is adapted to the images"
-        )
-
-
-def complete_options(train: TrainConfig, recipe: Recipe, dataset: Dataset, side: int) -> TrainConfig:
-    """Return `train` with open options filled in from the method's recipe and the dataset.
-
-    Args:
-        train: As configured.
-        recipe: The method's.
-        dataset: Its images have to go with the augmentation.
-        side: Of the images that the backbone takes, in pixels.
-
-    Raises:
-        ConfigError: The augmentation is not for such images.
-    """
-    augment = dataset.augment if train.augment == AUTO else train.augment
-    channels = dataset.train.images.shape[-1]
-    check_images(augment, channels, masks=dataset.train.has_masks)
-    check_augment(augment, side=side, channels=channels)
-    filled = {
-        "lr": recipe.peak_lr(train.batch_size) if train.lr is None else train.lr,
-        "weight_decay": recipe.weight_decay if train.weight_decay is None else train.weight_decay,
-        "optimizer": train.optimizer or recipe.optimizer,
-        "augment": augment,
-    }
-    return train.model_copy(update=filled)

@@ -17,9 +17,10 @@ from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe
 from petune.runner.input_tokens import warn_of_tokens
-from petune.runner.prepare import check_channels, with_head_of
+from petune.runner.prepare import with_head_of
 from petune.runner.provenance import forward_flops
 from petune.runner.run_config import RunConfig
+from petune.runner.run_preprocess import check_channels
 from petune.sites.find import find_sites
 from petune.sites.site import Sites
 from petune.training.task_registry import task_for

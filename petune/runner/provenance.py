@@ -123,6 +123,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def record_git_state() -> None:
+    """Look at the commit now: that of the code that trains, whatever is committed meanwhile."""
+    git_state()
+
+
 @cache
 def git_state() -> dict[str, Any] | None:
     """Return commit and dirty flag of petune's checkout, as of the first call; None if petune is not a checkout.

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from petune.base.errors import ConfigError, did_you_mean
+from petune.data import Dataset
+from petune.data.policy import check_augment
+from petune.data.steps import check_images
 from petune.injector.registry import build_tuner, parse_method
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.run_config import DEFAULT_RECIPE, RunConfig
+from petune.training.config import AUTO, TrainConfig
 
 Run = TypeVar("Run", bound=RunConfig)
 
@@ -54,6 +58,31 @@ def complete_from_recipe(config: Run, methods: Sequence[str]) -> Run:
     update["method"] = method
     update["train"] = config.train.model_copy(update={key: v for key, v in train.items() if v is not None})
     return config.model_copy(update=update)
+
+
+def complete_options(train: TrainConfig, recipe: Recipe, dataset: Dataset, side: int) -> TrainConfig:
+    """Return `train` with open options filled in from the method's recipe and the dataset.
+
+    Args:
+        train: As configured.
+        recipe: The method's.
+        dataset: Its images have to go with the augmentation.
+        side: Of the images that the backbone takes, in pixels.
+
+    Raises:
+        ConfigError: The augmentation is not for such images.
+    """
+    augment = dataset.augment if train.augment == AUTO else train.augment
+    channels = dataset.train.images.shape[-1]
+    check_images(augment, channels, masks=dataset.train.has_masks)
+    check_augment(augment, side=side, channels=channels)
+    filled = {
+        "lr": recipe.peak_lr(train.batch_size) if train.lr is None else train.lr,
+        "weight_decay": recipe.weight_decay if train.weight_decay is None else train.weight_decay,
+        "optimizer": train.optimizer or recipe.optimizer,
+        "augment": augment,
+    }
+    return train.model_copy(update=filled)
 
 
 def with_recipe_options(method: str, name: str) -> str:

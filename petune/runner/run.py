@@ -17,6 +17,7 @@ from petune.base.errors import ConfigError
 from petune.base.files import replace_file
 from petune.base.metric import SplitMetrics
 from petune.data.lookup import dataset_target
+from petune.data.statistics import Statistics
 from petune.data.steps import check_images
 from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
@@ -27,7 +28,7 @@ from petune.runner.directory_kind import check_kind
 from petune.runner.file_names import FIRST_BATCH_FILE
 from petune.runner.final_fit import Chosen, make_final_dir
 from petune.runner.make_result import make_result, measure
-from petune.runner.prepare import RunContext, Statistics, prepare
+from petune.runner.prepare import RunContext, prepare
 from petune.runner.recipes import choose_recipe, complete_from_recipe
 from petune.runner.report.evaluations import galleries_file
 from petune.runner.report.seen_images import first_batch

@@ -20,6 +20,7 @@ from petune.data.registry import parse_dataset
 from petune.data.video.clips import Clips
 from petune.runner.continued import DATA_KEYS, config_of_run
 from petune.runner.run_config import RunConfig
+from petune.runner.run_preprocess import are_convertible
 
 CHUNK = 256
 
@@ -37,7 +38,7 @@ def prepare_data(config: RunConfig) -> Dataset:
         cache_gb=config.cache_gb,
         **({} if frames is None else {"frames": frames}),
     )
-    backbone_channels(config, dataset)
+    check_channels_option(config, dataset)
     if config.folds is not None and config.fold is not None:
         dataset = fold_of(dataset, config.folds, config.fold)
     dataset = dataset.with_val(config.val_fraction, seed=0)
@@ -71,20 +72,25 @@ def note_of_clips(backbone: Backbone) -> str:
 
 
 def backbone_channels(config: RunConfig, dataset: Dataset) -> int | None:
-    """Return the input channels to build the backbone with; None if it takes RGB, or what its own options say.
+    """Return the input channels to build the backbone with; None if it takes RGB, or what its own options say."""
+    stored, wanted = dataset.train.images.shape[-1], config.channels
+    if stored == RGB_CHANNELS:
+        return None if wanted == RGB_CHANNELS else wanted
+    return stored
+
+
+def check_channels_option(config: RunConfig, dataset: Dataset) -> None:
+    """Check that images as the dataset has them can be given to a backbone of `channels`.
 
     Raises:
         ConfigError: `channels` is neither what the images have nor 1 for RGB images.
     """
     stored, wanted = dataset.train.images.shape[-1], config.channels
-    if wanted is not None and wanted != stored and not (wanted == 1 and stored == RGB_CHANNELS):
+    if wanted is not None and not are_convertible(stored, wanted):
         raise ConfigError(
             f"channels is {wanted}, but the images of {dataset.name} have {stored}. Leave channels out, or choose the "
             "bands when you write the files"
         )
-    if stored == RGB_CHANNELS:
-        return None if wanted == RGB_CHANNELS else wanted
-    return stored
 
 
 def has_final_fit(config: RunConfig, dataset: Dataset) -> bool:

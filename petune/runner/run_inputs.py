@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +27,49 @@ Options = Mapping[str, TunerConfig]
 """All options of each method, defaults included, by the method as it is written."""
 
 
-def check_inputs(
-    run_dir: Path,
-    dataset: str,
-    weights: str,
-    recipe: Mapping[str, Any] | None = None,
-    methods: Options | None = None,
-    from_run: str = "",
-    data_dir: Path | None = None,
-    task: Mapping[str, Any] | None = None,
-) -> None:
+@dataclass(frozen=True)
+class RunInputs:
+    """The inputs of a run, or of several runs that are to be compared.
+
+    Attributes:
+        dataset, weights, data_dir: As in the configuration.
+        recipe: Learning rate and so on, by name; of a single run only.
+        methods: Their options.
+        from_run: SHA-256 of the adapter that the run continues from, if it does.
+        task: Name, options and targets of the task; of a single run only.
+    """
+
+    dataset: str
+    weights: str
+    data_dir: Path | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    methods: Options = field(default_factory=dict)
+    from_run: str = ""
+    task: Mapping[str, Any] | None = None
+
+
+def check_inputs(run_dir: Path, inputs: RunInputs) -> None:
     """Record the inputs of a directory when it starts; check that they are the same when it is continued.
 
     Args:
         run_dir: Of a run, or of several runs that are to be compared.
-        dataset, weights: As in the configuration.
-        recipe: Learning rate and so on, by name; of a single run only.
-        methods: Their options.
-        from_run: SHA-256 of the adapter that the run continues from, if it does.
-        data_dir: As in the configuration.
-        task: Name, options and targets of the task; of a single run only.
+        inputs: Of today.
 
     Raises:
         DataError: The images changed.
         CheckpointError: The weights, the adapter to continue from, the recipe, the task, the options or the way in
             which images are resized changed.
     """
-    check_manifest(run_dir, dataset, data_dir)
+    check_manifest(run_dir, inputs.dataset, inputs.data_dir)
     before = read_record(run_dir / INPUTS_FILE)
-    now = {"weights": _digest(weights), "from_run": from_run, **(recipe or {})}
-    pixels = pixel_format(dataset, data_dir) if recipe else 0
+    now = {"weights": _digest(inputs.weights), "from_run": inputs.from_run, **inputs.recipe}
+    pixels = pixel_format(inputs.dataset, inputs.data_dir) if inputs.recipe else 0
     if before:
         _check_pixels(run_dir, before, pixels)
-    _check_recipe(run_dir, weights, before, now)
-    _check_task(run_dir, before.get("task"), task)
-    options = _checked_options(run_dir, before.get("options", {}), methods or {})
-    merged = {**now, "task": task, "pixels": pixels or None, **before, "options": options}
+    _check_recipe(run_dir, inputs.weights, before, now)
+    _check_task(run_dir, before.get("task"), inputs.task)
+    options = _checked_options(run_dir, before.get("options", {}), inputs.methods)
+    merged = {**now, "task": inputs.task, "pixels": pixels or None, **before, "options": options}
     record = {key: value for key, value in merged.items() if value not in ("", None, {})}
     if record != before:
         write_record(run_dir / INPUTS_FILE, record)

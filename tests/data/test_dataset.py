@@ -15,7 +15,7 @@ from petune.base.errors import ConfigError, DataError, UnknownName
 from petune.data import load_dataset
 from petune.data.dataset import Dataset, Split, Target
 from petune.data.digits import load_digits
-from petune.runner.prepare import choose_preprocess
+from petune.runner.run_preprocess import choose_preprocess
 
 
 def _dataset(per_class: tuple[int, ...] = (10, 20, 30), crop: float = 1.0) -> Dataset:

@@ -13,7 +13,7 @@ from PIL import Image
 from petune.base.errors import CheckpointError
 from petune.data.lookup import pixel_format
 from petune.runner.run_config import RunConfig
-from petune.runner.run_inputs import check_inputs, check_pixels_of_runs
+from petune.runner.run_inputs import RunInputs, check_inputs, check_pixels_of_runs
 
 RECIPE = {"lr": 0.1, "weight_decay": 0.0}
 
@@ -40,15 +40,15 @@ def test_runs_with_other_pixels_are_not_continued(tmp_path: Path) -> None:
     for name, is_resized in ((dataset, True), ("digits", False)):
         run_dir = tmp_path / f"run-{is_resized}"
         run_dir.mkdir()
-        check_inputs(run_dir, name, "none", RECIPE)
-        check_inputs(run_dir, name, "none", RECIPE)
+        check_inputs(run_dir, RunInputs(name, "none", recipe=RECIPE))
+        check_inputs(run_dir, RunInputs(name, "none", recipe=RECIPE))
         record = _forget_pixels(run_dir)
         assert ("pixels" in record, record["weight_decay"]) == (is_resized, 0.0)
         if is_resized:
             with pytest.raises(CheckpointError, match="resized images in another way"):
-                check_inputs(run_dir, name, "none", RECIPE)
+                check_inputs(run_dir, RunInputs(name, "none", recipe=RECIPE))
         else:
-            check_inputs(run_dir, name, "none", RECIPE)
+            check_inputs(run_dir, RunInputs(name, "none", recipe=RECIPE))
     assert pixel_format("torchvision:Flowers102") > 0
     assert pixel_format("torchvision:FashionMNIST") == 0
 
@@ -59,7 +59,7 @@ def test_no_table_mixes_pixels(tmp_path: Path) -> None:
     for own in runs:
         assert own.output is not None
         own.output.mkdir()
-        check_inputs(own.output, dataset, "none", RECIPE)
+        check_inputs(own.output, RunInputs(dataset, "none", recipe=RECIPE))
     check_pixels_of_runs(runs)
     (tmp_path / "a" / "result.json").write_text("{}")
     check_pixels_of_runs(runs)

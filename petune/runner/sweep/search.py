@@ -20,7 +20,7 @@ from petune.runner.result import RunResult
 from petune.runner.run import run
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import check_run_dir, open_run_dir
-from petune.runner.run_inputs import check_inputs, check_pixels_of_runs
+from petune.runner.run_inputs import RunInputs, check_inputs, check_pixels_of_runs
 from petune.runner.run_name import run_name
 from petune.runner.stored_config import write_config
 from petune.runner.sweep.fit import FIT, Fit
@@ -66,7 +66,7 @@ def sweep(
     with open_run_dir(sweep_dir, asked, resume=True, command="sweep", may_change=MAY_CHANGE, tables=(SWEEP_TABLE,)):
         search = _Search(sweep_dir, config, chosen, watch)
         write_config(sweep_dir, asked, "sweep")
-        check_inputs(sweep_dir, config.run.dataset, config.run.weights, data_dir=config.run.data_dir)
+        check_inputs(sweep_dir, RunInputs(config.run.dataset, config.run.weights, config.run.data_dir))
         search.check_pixels()
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
             return search.run()
