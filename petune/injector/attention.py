@@ -38,7 +38,7 @@ class Attention:
             to rounding. None where a module calls torch's function with weights of its own.
         num_heads: Heads of the queries.
         num_kv_heads: Heads of keys and values; fewer than `num_heads` where several heads share them.
-        head_dim: Width of a head of queries and keys.
+        head_dim: Width of a head of queries and keys; in XCiT, whose channels attend to each other, as many of them.
         v_head_dim: Width of a head of values.
         scale: Factor of q · k before the softmax.
     """
@@ -109,6 +109,8 @@ def find_attention(
     own = getattr(site.enter, "scale", None)
     scale = recorded.scale if recorded.scale is not None else own if isinstance(own, float) else q.shape[-1] ** -0.5
     parts = [_part(name, x, recorded, layers, site) for name, x in (("q", q), ("k", k), ("v", v))]
+    if parts[0].dim == q.shape[1] * q.shape[-2] != q.shape[1] * q.shape[-1]:
+        q, k, v = q.mT, k.mT, v.mT  # channels attend to channels (XCiT): tokens are the last axis
     return Attention(
         site=site,
         q=parts[0],

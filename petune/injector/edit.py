@@ -139,8 +139,13 @@ class Edit:
             cell: Called at each site as `cell(state, x, index)`, with x what enters it, (..., D), and the state None at
                 index 0. Returns the next state, a tensor of any shape, and what is added to what leaves this site, or
                 None. To keep gradients out of the backbone, detach x and add at the last site only. At an `attention`
-                x is the list of its keys and values, (B, heads, N, D) each, which further queries can attend to.
+                x is the list of its keys and values, (B, heads, N, D) each, which further queries can attend to. Rotary
+                positions are in the keys; the queries have none, as a class token.
             leaving: Read what leaves each site instead.
+
+        Raises:
+            AttachError: An attention hides tokens, adds a bias of positions (BEiT, Swin) or mixes heads, so that more
+                than q · k decides what its tokens attend to.
         """
         self._placer.side(sites, cell, leaving=leaving)
 

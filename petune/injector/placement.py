@@ -167,8 +167,9 @@ class Placer:
         self.add(holder, sites[0], *sites)
         for index, site in enumerate(sites):
             step = SideStep(holder, index)
-            if isinstance(given[index], Attention):
-                self.log.undo_steps.append(step.read_attention(_one_module(site)).remove)
+            item = given[index]
+            if isinstance(item, Attention):
+                self.log.undo_steps.append(step.read_attention(_one_module(site), item.head_dim).remove)
             elif not leaving:
                 self.hook(site.enter.register_forward_pre_hook(step.enter, with_kwargs=True))
             self.hook(site.exit.register_forward_hook(step.leave, prepend=True, always_call=True))
@@ -266,9 +267,11 @@ class Placer:
         """Check that no other method trains entries of these parameters, nor the parameters if only entries are to.
 
         Raises:
-            AttachError: One does.
+            AttachError: One does, and both may be enabled at once.
         """
         state = self.state
+        if state.is_bank_loading:
+            return
         others = {name: parts for name, parts in state.attachments.items() if name != self.log.label}
         own = {id(p) for entries in self.log.sparse for p in entries.targets}
         own |= set() if whole else {id(p) for p in self.log.unfrozen}
@@ -284,7 +287,7 @@ class Placer:
                 raise AttachError(
                     f"{self.log.label} and {name} would both train {self._path_of(p)}, one of them single entries of "
                     "it, and each would restore its own values of it when it is disabled. Detach the other one first, "
-                    "or attach one of them to a copy of the model (an AdapterBank: a bank for each)"
+                    "or attach one of them to a copy of the model, or load both into an AdapterBank"
                 )
 
     def _path_of(self, p: Tensor) -> str:

@@ -42,6 +42,7 @@ class TrainableState(nn.Module):
         projections: By attention of torch's own class, the layers that make q, k and v where adapters are on these.
         holders: The adapters that verbs have put in, in the order of attaching.
         bank_hold: The mark of an AdapterBank that holds the model, and exchanges classifiers and values.
+        is_bank_loading: True while a bank attaches an adapter; of those that train entries it enables one at a time.
     """
 
     is_petune_module = True
@@ -54,6 +55,7 @@ class TrainableState(nn.Module):
         self.projections: dict[nn.Module, Projections] = {}
         self.holders: list[Holder] = []
         self.bank_hold: BankHold | None = None
+        self.is_bank_loading = False
         self._train_before = model.__dict__.get("train")
         self._model = (model,)  # in a tuple: nn.Module would register a plain attribute as a submodule
         self._flags = tuple((p, p.requires_grad, p.grad is not None) for p in model.parameters())

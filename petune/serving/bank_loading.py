@@ -140,6 +140,7 @@ class KindLoader:
         state = trainable_state_of(self._model)
         if state is not None:
             state.bank_hold = hold
+            state.is_bank_loading = hold is None
 
     def _prepare_sharing(self, owner: Owner) -> None:
         """Find out whether adapters of this kind can share a forward."""

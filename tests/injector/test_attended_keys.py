@@ -174,3 +174,84 @@ def test_a_copy_and_a_second_attachment_are_independent() -> None:
     assert torch.equal(model(X), expected)
     att.detach()
     assert torch.equal(model(X), tiny_timm()(X))
+
+
+def attends_with(change: Callable[[Tensor], Tensor], model: nn.Module) -> nn.Module:
+    """Let the first attention change q · k before its softmax."""
+    attn = model.blocks[0].attn
+
+    def forward(x: Tensor, **options: Any) -> Tensor:
+        q, k, v = attn.qkv(x).unflatten(-1, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+        weights = change(q * attn.scale @ k.mT).softmax(-1)
+        return attn.proj((weights @ v).transpose(1, 2).flatten(2))
+
+    attn.forward = forward
+    return model
+
+
+def in_place(logits: Tensor) -> Tensor:
+    logits[..., 1:] += PAIRS[:, 1:]
+    return logits
+
+
+PAIRS = torch.linspace(-1, 1, 17 * 17).reshape(17, 17)
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "added": lambda logits: logits + PAIRS,
+    "added in place to the patches": lambda logits: in_place(logits),
+    "subtracted": lambda logits: logits - PAIRS.abs(),
+    "multiplied": lambda logits: logits * PAIRS,
+    "heads mixed": lambda logits: nn.functional.linear(logits.movedim(1, -1), torch.ones(2, 2)).movedim(-1, 1),
+    "chosen": lambda logits: torch.where(torch.arange(17) < 12, logits, -torch.inf),
+    "by another attention": lambda logits: logits.lerp(PAIRS.expand_as(logits), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES))
+def test_attentions_where_more_than_q_and_k_decides_are_refused(name: str) -> None:
+    model = attends_with(CHANGES[name], tiny_timm())
+    before = model(X)
+    with pytest.raises(AttachError, match="further queries would not know"):
+        attached(model)
+    assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bias_of_positions_is_refused_and_one_of_zeros_changes_nothing(fused: bool) -> None:
+    options = {"img_size": 32, "depth": 2, "num_heads": 2, "embed_dim": 24, "num_classes": 3}
+    model = timm.create_model("beit_base_patch16_224", **options).eval()
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+        nn.init.ones_(block.attn.relative_position_bias_table[:3])
+    with pytest.raises(AttachError, match="further queries would not know"):
+        attached(model)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.relative_position_bias_table.zero_()
+    attached(model)
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+    with torch.no_grad():
+        model.blocks[0].attn.relative_position_bias_table[0] = 1
+    with pytest.raises(AttachError, match="further queries would not know"):
+        model(torch.randn(1, 3, 32, 32))
+
+
+def test_scaled_products_are_read() -> None:
+    model = attends_with(lambda logits: logits * torch.ones(2, 1, 1) + 1 - logits.amax(-1, keepdim=True), tiny_timm())
+    _, cell = attached(model)
+    assert len(cell.queries) == 2
+
+
+def test_channels_that_attend_to_channels_are_refused() -> None:
+    options = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model("xcit_nano_12_p16_224", **options).eval()
+    widths: list[tuple[int, int]] = []
+
+    def look(edit: petune.Edit) -> None:
+        attention = edit.attention(edit.sites.blocks[0])
+        widths.append((attention.head_dim, attention.v_head_dim))
+        edit.after(attention.q, Times(2.0))
+
+    petune.attach(model, Custom(look), name="look").detach()
+    assert widths == [(16, 16)]
+    with pytest.raises(AttachError, match="keys and values of whole images"):
+        attached(model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from petune.plugin_dev.tiny_models import tiny_torchvision
 from tests.several import X, logits, model
 
 
@@ -94,3 +95,50 @@ def test_layers_that_read_the_weights_of_another_adapter_get_a_forward_of_their_
         names = ["partial", method, "partial"]
         for row, out in enumerate(bank(X[:3], names)):
             torch.testing.assert_close(out, expected[names[row]][row], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "order", [("gps", "bitfit"), ("full", "gps:per_output=2"), ("gps", "gps:per_output=2"),
+              pytest.param(("bitfit", "gps"), marks=pytest.mark.exhaustive)]
+)  # fmt: skip
+@torch.no_grad()
+def test_adapters_that_train_single_entries_share_a_bank_with_those_that_train_the_same_tensors(
+    order: tuple[str, str], tmp_path: Path
+) -> None:
+    expected = {m: save_tuned(m, tmp_path / m / "0", tmp_path / m / "1") for m in order}
+    backbone, bank = logits(model()), petune.AdapterBank(model())
+    for method in order:
+        for number in "01":
+            bank.load(method + number, tmp_path / method / number)
+    names = [order[0] + "0", order[1] + "0", None, order[1] + "1", order[0] + "1"]
+    want = [backbone if name is None else expected[name[:-1]][int(name[-1])] for name in names]
+    for out, rows in zip(bank(X[:1].expand(5, -1, -1, -1), names), want, strict=True):
+        torch.testing.assert_close(out, rows[0], atol=1e-6, rtol=1e-5)
+    for name, rows in zip(names, want, strict=True):
+        torch.testing.assert_close(logits(bank.use(name)), rows, atol=1e-6, rtol=1e-5)
+    bank.close()
+    assert torch.equal(logits(bank.model), backbone)
+    petune.attach(bank.model, order[0], name="first")
+    with pytest.raises(petune.AttachError, match="would both train"):
+        petune.attach(bank.model, order[1], name="second")
+
+
+@pytest.mark.filterwarnings("ignore:.*reads the weights")
+@torch.no_grad()
+def test_rows_with_adapters_of_q_k_and_v_of_torchs_attention_equal_single_adapters(tmp_path: Path) -> None:
+    methods = ["lora:targets=[q,v]", "lora:targets=[k],r=2", "lora", "bitfit"]
+    expected = {}
+    for method in methods:
+        build, number = tiny_torchvision(), str(methods.index(method))
+        for seed, out in enumerate(save_tuned(method, tmp_path / f"{number}0", tmp_path / f"{number}1", built=build)):
+            expected[f"{number}{seed}"] = out
+    bank = petune.AdapterBank(tiny_torchvision())
+    for name in expected:
+        bank.load(name, tmp_path / name)
+    for names in (["00", "01", "10", "20", "30"], ["11", "00", "31", "00", "21"]):
+        for name, out in zip(names, bank(X[:1].expand(5, -1, -1, -1), names), strict=True):
+            torch.testing.assert_close(out, expected[name][0], atol=1e-6, rtol=1e-5)
+    for name, out in expected.items():
+        torch.testing.assert_close(logits(bank.use(name)), out, atol=1e-6, rtol=1e-5)
+    bank.close()
+    assert torch.equal(logits(bank.model), logits(tiny_torchvision()))

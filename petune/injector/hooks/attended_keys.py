@@ -12,7 +12,13 @@ from petune.base.errors import AttachError
 from petune.injector.hooks.keys_values import MASKINGS, SDPA_ARGUMENTS
 from petune.injector.hooks.torch_attention import MULTI_HEAD, in_steps
 from petune.sites.recorder import PRODUCTS
-from petune.sites.sums import ADDITIONS
+from petune.sites.sums import ADDITIONS, DIFFERENCES, MIXES, MULTIPLICATIONS, PRODUCTS_ADDED
+
+CHOICES = MASKINGS | {"where", "__setitem__", "index_fill", "index_fill_", "tril", "triu"}
+SUMS = ADDITIONS | DIFFERENCES | PRODUCTS_ADDED | MIXES | {"index_add", "index_add_"}
+MIXTURES = {"linear", "conv2d"}
+MASKED = "hides some tokens from others by a mask"
+BIASED = "changes q · k, or the weights after the softmax, in a way of its own, such as a bias of positions"
 
 
 class AttendedKeys(TorchFunctionMode):
@@ -20,15 +26,18 @@ class AttendedKeys(TorchFunctionMode):
 
     Attributes:
         keys, values: (B, heads, N, D).
-        is_masked: True if some tokens are hidden from others.
+        obstacle: What else decides which keys a token attends to, which further queries would not know; or "".
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, head_dim: int) -> None:
         super().__init__()
         self.module = module
+        self.head_dim = head_dim
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self.is_masked = False
+        self.obstacle = ""
+        self.weights: list[Tensor] = []
+        """q · k, and what is made of it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -41,16 +50,37 @@ class AttendedKeys(TorchFunctionMode):
             self.keep_fused(dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs)
         elif name in PRODUCTS and len(args) == 2 and all(isinstance(x, Tensor) and x.ndim == 4 for x in args):
             self.keep_product(*args)
-        elif self.keys is not None and name in ADDITIONS | MASKINGS:
-            self.is_masked |= name in MASKINGS or any(_hides(x) for x in args if isinstance(x, Tensor))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self.keys is not None and self.values is None and not torch.compiler.is_compiling():
+            self.follow(name, [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)], result)
+        return result
 
     def keep_fused(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Keep the keys and values of fused attention; return its arguments as they are."""
         self.keys, self.values = arguments["key"], arguments["value"]
         mask = arguments.get("attn_mask")
-        self.is_masked = bool(arguments.get("is_causal")) or (mask is not None and _hides(mask))
+        if arguments.get("is_causal") or (mask is not None and _hides(mask)):
+            self.obstacle = MASKED
+        elif mask is not None and _acts(mask):
+            self.obstacle = BIASED
         return arguments
+
+    def follow(self, name: str, operands: list[Tensor], result: Any) -> None:
+        """Note an operation on q · k, between the two products, that a softmax alone does not have."""
+        others = [x for x in operands if not any(x is y for y in self.weights)]
+        is_product = name in PRODUCTS and not self.weights
+        if not is_product and len(others) == len(operands):
+            return
+        self.weights += [result] if isinstance(result, Tensor) else []
+        if is_product or self.obstacle:
+            return
+        over_keys = [x for x in operands if x.shape[-1:] != (1,)]  # one number for all keys of a query changes nothing
+        added = [x for x in over_keys if any(x is y for y in others)]
+        adds = name in SUMS and (any(_acts(x) for x in added) or len(over_keys) > len(added) + 1)
+        if name in CHOICES or (adds and any(_hides(x) for x in others)):
+            self.obstacle = MASKED
+        elif adds or name in MIXTURES or (name in MULTIPLICATIONS and any(_is_of_pairs(x) for x in others)):
+            self.obstacle = BIASED
 
     def keep_product(self, x: Tensor, y: Tensor) -> None:
         """Keep the keys of q · kᵀ, or the values of the weights and v."""
@@ -63,20 +93,21 @@ class AttendedKeys(TorchFunctionMode):
         """Return keys and values.
 
         Raises:
-            AttachError: None were seen, they are of windows, or masked.
+            AttachError: None were seen, they are of windows or channels, masked, or weighed by their positions.
         """
         name = type(self.module).__name__
-        if self.keys is None or self.values is None or self.keys.ndim != 4 or len(self.keys) != num_images:
+        keys, values = self.keys, self.values
+        fits = keys is not None and keys.ndim == 4 and (len(keys), keys.shape[-1]) == (num_images, self.head_dim)
+        if keys is None or values is None or not fits:
             raise AttachError(
                 f"{name} does not attend to keys and values of whole images, (B, heads, N, D), in a way that petune "
                 "knows. Read what enters its block instead"
             )
-        if self.is_masked:
+        if self.obstacle:
             raise AttachError(
-                f"{name} hides some tokens from others by a mask, which further queries would not know. Read what "
-                "enters its block instead"
+                f"{name} {self.obstacle}, which further queries would not know. Read what enters its block instead"
             )
-        return [self.keys, self.values]
+        return [keys, values]
 
 
 def _hides(mask: Tensor) -> bool:
@@ -84,3 +115,13 @@ def _hides(mask: Tensor) -> bool:
     if mask.dtype == torch.bool:
         return True
     return not mask.is_meta and not torch.compiler.is_compiling() and bool(torch.isneginf(mask).any())
+
+
+def _acts(bias: Tensor) -> bool:
+    """Return True for a bias that is not all zeros."""
+    return not bias.is_meta and not torch.compiler.is_compiling() and bool(bias.any())
+
+
+def _is_of_pairs(factor: Tensor) -> bool:
+    """Return True for a factor of each pair of tokens, and not of each head."""
+    return factor.ndim > 1 and 1 not in factor.shape[-2:]

@@ -72,6 +72,7 @@ class SideStep:
 
     Attributes:
         replaced: The forward of an attention whose keys and values the cell reads.
+        head_dim: Width of a head of its keys.
     """
 
     def __init__(self, holder: Side, index: int) -> None:
@@ -79,9 +80,11 @@ class SideStep:
         self.index = index
         self.entered: Tensor | list[Tensor] | None = None
         self.replaced: ReplacedForward | None = None
+        self.head_dim = 0
 
-    def read_attention(self, attention: nn.Module) -> ReplacedForward:
+    def read_attention(self, attention: nn.Module, head_dim: int) -> ReplacedForward:
         """Let the cell read keys and values; return what undoes that."""
+        self.head_dim = head_dim
         self.replaced = ReplacedForward(attention, self.attend)
         return self.replaced
 
@@ -91,7 +94,7 @@ class SideStep:
         attention = self.replaced.module
         if not self.holder.acts_at(attention):
             return original(*args, **kwargs)
-        seen = AttendedKeys(attention)
+        seen = AttendedKeys(attention, self.head_dim)
         with seen:
             output = original(*args, **kwargs)
         self.entered = seen.pair(len(first_tensor(args, kwargs)))
