@@ -215,7 +215,7 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 def _replace_directory(new: Path, path: Path) -> None:
     os.chmod(new, 0o755)
-    if not _exchange(new, path):
+    if not exchange_directories(new, path):
         old = new.with_name(f"{new.name}-old")
         if path.exists():
             os.rename(path, old)
@@ -234,7 +234,7 @@ def _replace_directory(new: Path, path: Path) -> None:
             os.close(directory)
 
 
-def _exchange(new: Path, path: Path) -> bool:
+def exchange_directories(new: Path, path: Path) -> bool:
     """Swap two directories atomically; return false if that is not possible here.
 
     Only Linux can (renameat2 with RENAME_EXCHANGE, not in Python's os). Elsewhere two renames are used, and a kill

@@ -6,8 +6,21 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-_freezes = False
+
+@dataclass
+class Program:
+    """Facts about this process.
+
+    Attributes:
+        is_own: True for petune's own program; False where petune is a library.
+    """
+
+    is_own: bool = False
+
+
+PROGRAM = Program()
 
 
 @contextmanager
@@ -22,7 +35,7 @@ def quick_imports() -> Iterator[None]:
     try:
         yield
     finally:
-        if _freezes:
+        if PROGRAM.is_own:
             gc.freeze()
         if was_enabled:
             gc.enable()
@@ -35,6 +48,5 @@ def prepare_program() -> None:
     tensors on a CPU, unless the user has decided: with pages of 4 kB the processor looks up addresses more often, which
     takes a twentieth of a step. No result depends on it.
     """
-    global _freezes
-    _freezes = True
+    PROGRAM.is_own = True
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,8 @@ from petune.sites.routed import routed_modules, unchosen_modules
 from petune.sites.site import Block, Sites, is_within, modules_of
 from petune.sites.undisturbed import undisturbed
 from petune.sites.used_parameters import leaves_of, reached_on_meta
+
+LOG = logging.getLogger(__name__)
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 """For each model, the edits for which a forward pass used every adapter."""
@@ -144,27 +147,31 @@ def _graph(model: nn.Module, sites: Sites, adapters: Iterable[nn.Module], *, tra
         adapters: Modules to watch.
         training: Run in train mode, with what is frozen in eval mode, as in training.
     """
-    with _calls(adapters, sites) as calls, contextlib.suppress(Exception):  # such as an operation without a gradient
-        kept = undisturbed(model, math.inf) if training else contextlib.nullcontext()
-        saved = torch.autograd.graph.saved_tensors_hooks(_drop, _drop)
-        with kept, inference(model), torch.enable_grad(), saved:
+    kept = undisturbed(model, math.inf) if training else contextlib.nullcontext()
+    saved = torch.autograd.graph.saved_tensors_hooks(_drop, _drop)
+    try:
+        with _calls(adapters, sites) as calls, kept, inference(model), torch.enable_grad(), saved:
             if training:
                 model.train()
             images = sites.input_spec.zeros(2 if training else 1)  # BatchNorm in train mode wants two
             leaves = leaves_of(tensors_returned(images.to(device_of(model), dtype_of(model)).call(model)))
-        return _Graph(*calls, leaves)
-    return None  # inference tensors; a train mode that wants targets
+    except Exception:  # an operation without a gradient, inference tensors, a train mode that wants targets
+        LOG.debug("no forward with gradients, training=%s: what gets one is not checked", training, exc_info=True)
+        return None
+    return _Graph(*calls, leaves)
 
 
 def _graph_on_meta(attachment: Attachment, adapters: Iterable[nn.Module]) -> _Graph | None:
     """Return the same without computing anything: shapes suffice. None if the model does not run on the meta device."""
     model, sites = attachment.model, attachment.sites
     trained = [p for p in model.parameters() if p.requires_grad]
-    with _calls(adapters, sites) as calls, contextlib.suppress(Exception):
-        with undisturbed(model), torch.enable_grad():
+    try:
+        with _calls(adapters, sites) as calls, undisturbed(model), torch.enable_grad():
             leaves, _ = reached_on_meta(model, sites.input_spec, trained, [])
-        return _Graph(*calls, leaves)
-    return None
+    except Exception:  # see `petune.sites.forward.dry_forward`
+        LOG.debug("no gradients on the meta device; a real forward follows", exc_info=True)
+        return None
+    return _Graph(*calls, leaves)
 
 
 @contextlib.contextmanager

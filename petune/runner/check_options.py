@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from petune.injector.tuner import Tuner
 from petune.runner.run_config import RunConfig
 from petune.training.config import TrainConfig
 from petune.training.layer_decay import lr_scales
+
+LOG = logging.getLogger(__name__)
 
 
 def check_head(head: str, train: TrainConfig) -> None:
@@ -55,5 +58,5 @@ def check_layer_decay(
             lr_scales(attachment, {**attachment.tuned, **attachment.head}, decay)
     except ConfigError:
         raise
-    except Exception:
-        return
+    except Exception:  # whatever the code of a backbone or a method raises on the meta device
+        LOG.debug("the method is not checked before the weights are read", exc_info=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.returned import attributes_of
 from petune.sites.undisturbed import parameters_of, undisturbed
 from petune.sites.unsuitable import advice_for
+
+LOG = logging.getLogger(__name__)
 
 Watch = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -45,7 +48,7 @@ def dry_forward(model: nn.Module, spec: InputSpec, watch: Watch = contextlib.nul
         with undisturbed(model), torch.no_grad():
             return _on_meta(model, spec, watch)
     except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
-        pass
+        LOG.debug("no forward on the meta device; a real one follows", exc_info=True)
     try:
         with undisturbed(model), torch.no_grad():
             return _on_black_image(model, spec, watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.layouts import IMAGES, channel_axis, is_conv
 from petune.sites.trace import Call, Trace
 from petune.sites.windows import are_windows
+
+LOG = logging.getLogger(__name__)
 
 MAX_PREFIX = 64
 """More tokens than this before the patches are taken for something else."""
@@ -62,16 +65,17 @@ def _batch_is_inside(model: nn.Module, trace: Trace, first: Call, spec: InputSpe
     return doubled is not None and doubled[1:] != shape[1:]
 
 
+class _Entered(Exception):
+    """Ends a forward at a block: what follows does not matter."""
+
+
 def _shape_of_batch(model: nn.Module, block: Call, spec: InputSpec, num_samples: int) -> torch.Size | None:
     """Return the shape of what enters a block with so many samples; None if the model does not run on them."""
     shapes: list[torch.Size] = []
 
-    class Entered(Exception):
-        """Ends the forward: what follows does not matter."""
-
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         shapes.append(next(tensors_in((args, kwargs))).shape)
-        raise Entered
+        raise _Entered
 
     handle = block.module.register_forward_pre_hook(enter, with_kwargs=True)
     try:
@@ -79,8 +83,10 @@ def _shape_of_batch(model: nn.Module, block: Call, spec: InputSpec, num_samples:
             meta_output(model, spec, num_samples)
         else:
             forward_of(model, spec.zeros(num_samples))
-    except Exception:  # Entered, or whatever the model's own code raises
+    except _Entered:
         pass
+    except Exception:  # whatever the model's own code raises
+        LOG.debug("the model does not run on %d samples", num_samples, exc_info=True)
     finally:
         handle.remove()
     return shapes[0] if shapes else None
@@ -168,6 +174,7 @@ def _measured_prefix(model: nn.Module, block: nn.Module, spec: InputSpec) -> int
     try:
         x_ND, y_ND = (_block_input(model, block, image).flatten(0, -2) for image in images)
     except Exception:  # whatever the model's own code raises on noise
+        LOG.debug("the model does not run on noise", exc_info=True)
         return 0
     tolerance = 1e-5 * float(x_ND.detach().abs().max())
     is_fixed = ((x_ND - y_ND).abs() <= tolerance).all(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Set
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 from petune.sites.forward import forward_of, meta_output
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.recorder import record_calls
+
+LOG = logging.getLogger(__name__)
 
 PROBES = ((1.0, 0.0), (4.0, 0.0), (1.0, 4.0), (1.0, -4.0))
 """Scales and shifts of noise that routers are tried on."""
@@ -41,6 +44,7 @@ def _routed_pairs(model: nn.Module, spec: InputSpec, blocks: Set[nn.Module]) -> 
         meta_output(model, spec, 2)
         return []
     except Exception:  # values are read
+        LOG.debug("no forward on the meta device; experts are looked for", exc_info=True)
         calls = record_calls(model, spec, model.modules())
     pairs = [pair for idle, sibling in _experts(model, calls.keys(), blocks) for pair in _pairs(idle, sibling)]
     return [(module, other) for module, other in pairs if other in calls]

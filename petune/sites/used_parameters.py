@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from petune.sites.forward import black_image, meta_inputs, meta_tensors, tensors
 from petune.sites.input_spec import InputSpec
 from petune.sites.returned import tensors_returned
 from petune.sites.undisturbed import undisturbed
+
+LOG = logging.getLogger(__name__)
 
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
 """The node of torch's reentrant gradient checkpointing, which hides the parameters inside."""
@@ -36,6 +39,7 @@ def used_parameters(model: nn.Module, spec: InputSpec, parameters: Iterable[nn.P
         with undisturbed(model), torch.enable_grad():
             reached, _ = reached_on_meta(model, spec, candidates, [])
     except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
+        LOG.debug("no gradients on the meta device; a real forward follows", exc_info=True)
         with undisturbed(model), torch.enable_grad(), _gradients_for(candidates):
             reached = leaves_of(tensors_returned(black_image(model, spec).call(model)))
     if reached is None:
@@ -67,6 +71,7 @@ def parameters_after(
     try:
         return _after(model, spec, candidates, entered, training=training)
     except Exception:  # a value that is read, batch statistics of one image
+        LOG.debug("no forward tells which parameters act after the blocks", exc_info=True)
         return [], []
     finally:
         for handle in handles:

@@ -127,7 +127,7 @@ def test_a_failed_rename_puts_the_old_directory_back(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_directory(tmp_path / "x", CONTENT)
-    monkeypatch.setattr(files, "_exchange", lambda new, path: False)
+    monkeypatch.setattr(files, "exchange_directories", lambda new, path: False)
     _fails_at(number, monkeypatch, "rename")
     with pytest.raises(CheckpointError, match="previous version is unchanged"):
         write_directory(tmp_path / "x", {"a.bin": b"abc"})
@@ -143,7 +143,7 @@ def test_killed_at_any_point_leaves_a_directory_that_verifies(
 ) -> None:
     target = tmp_path / "x"
     if not atomic:
-        monkeypatch.setattr(files, "_exchange", lambda new, path: False)
+        monkeypatch.setattr(files, "exchange_directories", lambda new, path: False)
     elif not sys.platform.startswith("linux"):
         pytest.skip("only Linux swaps two directories in one step")
     for point in range(1, 12):

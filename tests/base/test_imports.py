@@ -12,7 +12,7 @@ from petune.base import imports
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imports, "_freezes", False)
+    monkeypatch.setattr(imports.PROGRAM, "is_own", False)
     monkeypatch.setitem(os.environ, "THP_MEM_ALLOC_ENABLE", "0")
 
 

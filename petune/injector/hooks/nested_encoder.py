@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from petune.injector.hooks.prompts import is_adapter_hook
+
 ATTRIBUTE = "use_nested_tensor"
 
 
@@ -57,5 +59,4 @@ def _has_adapters(encoder: nn.Module) -> bool:
     """Return whether a hook of an adapter, or of prompts, is inside an encoder."""
     inside = [m for child in encoder.children() for m in child.modules()]
     hooks = [h for m in inside for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    owners = (getattr(hook, "__self__", None) for hook in hooks)
-    return any(type(owner).__module__.startswith(f"{__package__}.") for owner in owners)
+    return any(is_adapter_hook(hook) for hook in hooks)

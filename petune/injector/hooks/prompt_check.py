@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Callable, Sequence, Set
 from typing import Any
@@ -20,6 +21,8 @@ from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of, max_difference, max_value
 from petune.sites.site import Block, Sites
+
+LOG = logging.getLogger(__name__)
 
 NUM_IMAGES = 2
 """Blocks are compared for more than one image, so that prompts of one that reach another are seen."""
@@ -168,6 +171,7 @@ class PromptCheck:
             with inference(self.model):
                 self._images().call(self.model)
         except Exception:  # code that reads numbers may refuse NaNs
+            LOG.debug("the model does not run on NaNs", exc_info=True)
             return bool(tainted)
         finally:
             for handle in handles:

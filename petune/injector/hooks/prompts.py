@@ -290,6 +290,11 @@ class PromptedModule:
         return tokens
 
 
+def is_adapter_hook(hook: Callable[..., Any]) -> bool:
+    """Return True for the hooks by which adapters act, and prompts enter and leave."""
+    return isinstance(getattr(hook, "__self__", None), Holder | PromptedModule | SideStep)
+
+
 def order_hooks(hooks: OrderedDict[int, Callable[..., Any]], newest: int) -> None:
     """Order a module's hooks after petune has added one: adapters act in the order in which they were declared.
 
@@ -301,9 +306,8 @@ def order_hooks(hooks: OrderedDict[int, Callable[..., Any]], newest: int) -> Non
     """
 
     def rank(hook: Callable[..., Any]) -> int:
-        owner = getattr(hook, "__self__", None)
         outer = getattr(hook, "__func__", None) in (PromptedModule.conceal, PromptedModule.leave)
-        return 1 if outer else 0 if isinstance(owner, Holder | PromptedModule | SideStep) else 2
+        return 1 if outer else 0 if is_adapter_hook(hook) else 2
 
     if next(iter(hooks)) == newest and isinstance(getattr(hooks[newest], "__self__", None), Holder | SideStep):
         earlier = [key for key, hook in hooks.items() if key != newest and rank(hook) == 0]
