@@ -17,7 +17,14 @@ from petune.injector.addresses import addresses_of
 from petune.injector.counts import Counts, count_parameters
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen import block_indices, content_only, frozen_backbone, frozen_head
-from petune.injector.keys import buffer_owners, named_parameters, non_persistent_buffers, persistent_buffers
+from petune.injector.keys import (
+    buffer_owners,
+    label_of,
+    named_parameters,
+    non_persistent_buffers,
+    persistent_buffers,
+    renamed_key,
+)
 from petune.injector.sparse import SparseParameters
 from petune.injector.trainable import added_to, buffers_added_to, trainable_state_of
 from petune.injector.trained_parts import TrainedParts
@@ -36,11 +43,12 @@ class AdapterTensors:
         is_sharded: The frozen backbone is spread over processes; see `keep_fingerprint`.
     """
 
-    def __init__(self, model: nn.Module, sites: Sites, log: EditLog, *, train_head: bool) -> None:
+    def __init__(self, model: nn.Module, sites: Sites, log: EditLog, method: str, *, train_head: bool) -> None:
         self.is_sharded = False
         self._model = model
         self._sites = sites
         self._log = log
+        self._method = method
         head = sites.head if train_head else sites.parts.get("head")
         self.head_modules = tuple(head.modules) if head is not None else ()
         classifier = {id(p) for m in self.head_modules for p in m.parameters()}
@@ -104,22 +112,27 @@ class AdapterTensors:
         state = trainable_state_of(self._model)
         return live if state is None else {key: state.value(self._log.label, key, t) for key, t in live.items()}
 
-    def adapter_buffers(self) -> set[str]:
-        """Return the state_dict keys of the buffers of adapters that verbs put in, also of those that are None."""
-        return {key for key, owner in self._buffers.items() if owner in self._adapter_buffers}
+    def file_key(self, key: str) -> str:
+        """Return the key in an adapter's file, which names the method and not the attachment."""
+        return renamed_key(key, f"petune_{self._log.label}", f"petune_{label_of(self._method)}")
 
-    def shape_adapter_buffers(self, like: Mapping[str, Tensor]) -> None:
+    def shape_buffers(self, like: Mapping[str, Tensor]) -> set[str]:
         """Make room for the values of adapter buffers whose shape the adapter's forward decides.
 
         Args:
-            like: By state_dict key, tensors of the shape and dtype that the buffers are to have.
+            like: By the file's key, tensors of the shape and dtype that the buffers are to have.
+
+        Returns:
+            The file's keys of all buffers of adapters that verbs put in, also of those that are None.
         """
-        for key in self.adapter_buffers() & like.keys():
-            module, name = self._buffers[key]
+        keys = {self.file_key(key): owner for key, owner in self._buffers.items() if owner in self._adapter_buffers}
+        for key in keys.keys() & like.keys():
+            module, name = keys[key]
             buffer = module._buffers[name]
             if buffer is None or buffer.shape != like[key].shape:
                 near = next(t for t in (*module.parameters(), *self._model.parameters()))
                 module._buffers[name] = torch.empty_like(like[key], device=near.device)
+        return {*keys}
 
     def in_place(self) -> dict[str, Tensor]:
         """Return the tensors that were in the model before attaching and that training may change."""

@@ -19,7 +19,6 @@ from petune.injector.aux_losses import AuxLosses
 from petune.injector.calibrating import calibrate
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.edit_log import EditLog
-from petune.injector.keys import label_of, renamed_key
 from petune.injector.loop_check import LoopCheck
 from petune.injector.merge import fold
 from petune.injector.param_groups import groups_by_part, undecayed_keys
@@ -69,7 +68,7 @@ class Attachment:
         self.edit_log = edit_log
         self.attached = self.enabled = True
         self._keep_original = keep_original
-        self.tensors = AdapterTensors(model, sites, edit_log, train_head=train_head)
+        self.tensors = AdapterTensors(model, sites, edit_log, self.method, train_head=train_head)
         self.tuned = self.tensors.tuned
         self.head = self.tensors.head
         self.counts = self.tensors.counts()
@@ -204,11 +203,6 @@ class Attachment:
         tuned = gradients.expected(self.tuned, self.model, self.sites, may_lack=self.tuner.may_lack_gradients)
         gradients.check_gradients(self.name, tuned, self.head, self.edit_log.unfrozen, under_way=under_way)
 
-    def missing_gradients(self, without: set[str]) -> list[str]:
-        """Return those of the keys `without` a gradient whose parameters should have one."""
-        tuned = gradients.expected(self.tuned, self.model, self.sites, may_lack=self.tuner.may_lack_gradients)
-        return gradients.missing_gradients(tuned, self.edit_log.unfrozen, without & tuned.keys())
-
     def state(self) -> dict[str, Tensor]:
         """Return what is saved, by state_dict key: tuned and head tensors, and the buffers that move with them.
 
@@ -221,13 +215,7 @@ class Attachment:
         """Return the tensors of `state` by an adapter file's keys, which do not depend on the attachment's name."""
         state = self.state()
         external = self.tuner.to_external(state)
-        return external[1] if external is not None else {self._file_key(key): t for key, t in state.items()}
-
-    def shape_buffers(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """Give adapters' buffers the shapes of a file's tensors, where a forward decides them; return keys of all."""
-        keys = {self._file_key(key): key for key in self.tensors.adapter_buffers()}
-        self.tensors.shape_adapter_buffers({keys[key]: t for key, t in tensors.items() if key in keys})
-        return {*keys}
+        return external[1] if external is not None else {self.tensors.file_key(key): t for key, t in state.items()}
 
     def describe(self) -> dict[str, Any]:
         """Return what the configuration of an adapter says about it: the method, and the backbone it belongs to."""
@@ -351,9 +339,6 @@ class Attachment:
             f"the attachment {self.name} belongs to its own model and cannot be copied. Copy the model, which keeps "
             "its adapters: copy.deepcopy(attachment.model). Or save the attachment, and petune.load it on another model"
         )
-
-    def _file_key(self, key: str) -> str:
-        return renamed_key(key, f"petune_{self.edit_log.label}", f"petune_{label_of(self.method)}")
 
     def _undo(self) -> None:
         self.edit_log.undo()

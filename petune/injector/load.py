@@ -313,7 +313,7 @@ def _check_tensors(attachment: Attachment, saved: SavedAdapter, not_in_file: Col
 
     Buffers of adapters may be missing: a development version did not save them.
     """
-    buffers = attachment.shape_buffers(saved.tensors)
+    buffers = attachment.tensors.shape_buffers(saved.tensors)
     state = {key: tensor for key, tensor in attachment.file_state().items() if key not in not_in_file}
     reshaped = [key for key in state if key in saved.tensors and saved.tensors[key].shape != state[key].shape]
     if reshaped:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from petune.injector.attachment import Attachment
+from petune.injector.gradients import expected, missing_gradients
 
 
 def check_step_gradients(
@@ -24,7 +25,7 @@ def check_step_gradients(
         DeadSite: See `Attachment.check_gradients`.
     """
     without = {key for key, p in params.items() if p.grad is None}
-    if not without or not att.missing_gradients(without):
+    if not without or not _missing(att, without):
         att.check_gradients(under_way=under_way)
         return
     gradients = [p.grad for p in params.values()]
@@ -38,3 +39,8 @@ def check_step_gradients(
         att.train()
         for p, gradient in zip(params.values(), gradients, strict=True):
             p.grad = gradient
+
+
+def _missing(att: Attachment, without: set[str]) -> list[str]:
+    tuned = expected(att.tuned, att.model, att.sites, may_lack=att.tuner.may_lack_gradients)
+    return missing_gradients(tuned, att.edit_log.unfrozen, without & tuned.keys())

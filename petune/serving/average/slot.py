@@ -71,7 +71,7 @@ class AdapterSlot:
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Give the adapter on the model other values, by the file's keys."""
-        self.attachment.shape_buffers(values)
+        self.attachment.tensors.shape_buffers(values)
         for key, target in self.attachment.file_state().items():
             if key in values:
                 target.copy_(values[key])
