@@ -59,6 +59,12 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()
 
 
+def pytest_configure() -> None:
+    """Check that the listed files exist: a slow file that was renamed would join `make quick` without a word."""
+    missing = [name for name in {*SLOW, *BROWSER, *NETWORK} if not (HERE / name).is_file()]
+    assert not missing, f"tests/conftest.py lists files that do not exist: {sorted(missing)}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their file: `slow`, `browser`, `network`. Put long files first."""
     items.sort(key=lambda item: (not item.nodeid.startswith(FIRST), _name_of(item) not in SLOW))

@@ -1,8 +1,9 @@
-"""The house of the design: which room imports which, no circles among files, who prints, what is too long."""
+"""The folders of CONTRIBUTING.md: which imports which, no cycles among files, who prints, what is too long."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,34 +16,23 @@ ROOT = Path(__file__).resolve().parents[1] / "petune"
 FILES = sorted(ROOT.rglob("*.py"))
 LONGEST = 400
 
-MAY_IMPORT = {
-    "base": set(),
-    "sites": {"base"},
-    "adapters": {"base", "sites"},
-    "injector": {"base", "sites", "adapters"},
-    "tuners": {"petune"},
-    "backbones": {"base", "sites"},
-    "data": {"base"},
-    "training": {"base", "sites", "adapters", "injector", "data"},
-    "runner": {"base", "sites", "adapters", "injector", "data", "training", "backbones"},
-    "serving": {"base", "sites", "adapters", "injector", "data", "training", "backbones", "runner"},
-    "plugin_dev": {"base", "sites", "adapters", "injector", "data", "training"},
-    "cli": {
-        "base",
-        "sites",
-        "adapters",
-        "injector",
-        "data",
-        "training",
-        "backbones",
-        "runner",
-        "serving",
-        "plugin_dev",
-    },
-}
+ROW = re.compile(r"^\| `(\w+)/` \|.*\| ([^|]+) \|$", re.MULTILINE)
 
 
-def room_of(file: Path) -> str:
+def table() -> dict[str, set[str]]:
+    """The table of CONTRIBUTING.md: which folders each may import, and what these may import."""
+    rows = dict(ROW.findall((ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    may: dict[str, set[str]] = {}
+    for name, text in rows.items():  # each comes after those that it imports
+        others = {*may} - {"tuners"} if text == "all" else {*re.findall(r"\w+", text)} & {*rows, "petune"}
+        may[name] = others.union(*(may.get(other, set()) for other in others))
+    return may
+
+
+MAY_IMPORT = table()
+
+
+def folder_of(file: Path) -> str:
     """The folder of petune/ that holds the file; `petune` for the files of the root."""
     parts = file.relative_to(ROOT).parts
     return parts[0] if len(parts) > 1 else "petune"
@@ -96,19 +86,19 @@ def shown(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-def test_petune_has_twelve_rooms_and_all_files_are_found() -> None:
-    assert {room_of(file) for file in FILES} == {*MAY_IMPORT, "petune"}
-    assert {shown(file) for file in FILES if room_of(file) == "petune"} == {"__init__.py", "__main__.py"}
+def test_petune_has_twelve_folders_and_all_files_are_found() -> None:
+    assert {folder_of(file) for file in FILES} == {*MAY_IMPORT, "petune"}
+    assert {shown(file) for file in FILES if folder_of(file) == "petune"} == {"__init__.py", "__main__.py"}
     assert len(FILES) > 100
 
 
 def test_imports_go_down() -> None:
     upward: dict[str, set[str]] = {}
     for file in FILES:
-        room = room_of(file)
+        folder = folder_of(file)
         targets = {name.split(".")[1] if "." in name else "petune" for name in source_of(file).imports}
-        if room != "petune" and not targets - {room} <= MAY_IMPORT[room]:
-            upward[shown(file)] = targets - {room} - MAY_IMPORT[room]
+        if folder != "petune" and not targets - {folder} <= MAY_IMPORT[folder]:
+            upward[shown(file)] = targets - {folder} - MAY_IMPORT[folder]
     assert upward == {}
 
 
@@ -139,6 +129,6 @@ PRINTS = {"print", "exit", "quit", "sys.exit", "sys.stdout.write", "sys.stderr.w
 
 
 def test_only_the_command_line_prints_or_exits() -> None:
-    files = [file for file in FILES if room_of(file) != "cli" and file.name != "__main__.py"]
+    files = [file for file in FILES if folder_of(file) != "cli" and file.name != "__main__.py"]
     assert {shown(file) for file in files if PRINTS & source_of(file).calls} == set()
     assert {shown(file) for file in files for text in source_of(file).raised if "SystemExit" in text} == set()

@@ -200,11 +200,11 @@ class Dataset:
         if not self.target.names:
             raise DataError(f"{self.name} names no {'number' if self.target.kind == 'number' else 'label'} to learn")
 
-    def with_test(self, fraction: float = TEST_FRACTION) -> Dataset:
+    def with_test(self) -> Dataset:
         """Cut a stratified test split from train, always the same one, unless the dataset has a test split."""
         if len(self.test):
             return self
-        in_test = held_out(self.train.samples(self.target.kind), fraction, seed=0)
+        in_test = held_out(self.train.samples(self.target.kind), TEST_FRACTION, seed=0)
         train, test = (self.train.take(np.flatnonzero(mask)) for mask in (~in_test, in_test))
         return replace(self, train=train, test=test, cut_test=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from petune.base.errors import ConfigError, DataError
 from petune.base.text import plural
 from petune.data.cut import fold_numbers
 from petune.data.dataset import CUT_TEST_NOTE, Dataset, Split
+from petune.data.merge import joined
 from petune.data.video.clips import Clips
 
 
@@ -80,11 +80,7 @@ def _pool(dataset: Dataset) -> Split:
         train,
         targets=train.targets if train.has_masks else np.concatenate([train.targets, test.targets]),
         rows=np.concatenate([train.rows, test.rows]),
-        weights=_joined(train.weights, test.weights),
-        groups=_joined(train.groups, test.groups),
-        names=_joined(train.names, test.names),
+        weights=joined(train.weights, test.weights),
+        groups=joined(train.groups, test.groups),
+        names=joined(train.names, test.names),
     )
-
-
-def _joined(own: NDArray[Any] | None, other: NDArray[Any] | None) -> NDArray[Any] | None:
-    return None if own is None or other is None else np.concatenate([own, other])

@@ -82,8 +82,8 @@ def merge_val(dataset: Dataset) -> Dataset:
         rows=np.concatenate([train.rows, val.rows + offset]),
         crop=train.crop,
         weights=_joined_weights(train, val),
-        groups=_joined(train.groups, val.groups),
-        names=_joined(train.names, val.names),
+        groups=joined(train.groups, val.groups),
+        names=joined(train.names, val.names),
     )
     return replace(dataset, train=merged, val=val.take(np.arange(0)))
 
@@ -93,7 +93,8 @@ def _joined_images(first: Images, second: Images) -> Images:
     return (JoinedClips if has_videos else JoinedImages)(first, second)
 
 
-def _joined(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:
+def joined(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:
+    """Return what is known of the images of two splits, in one array; None if it is not known of one."""
     return None if first is None or second is None else np.concatenate([first, second])
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from petune.adapters.fingerprint import sampled_digest
 from petune.injector.edit_log import EditLog, Placed
 from petune.injector.frozen import block_owners
-from petune.injector.keys import BufferOwner, renamed_key
+from petune.injector.keys import TensorOwner, renamed_key
 from petune.injector.trainable import added_to
 from petune.sites.site import Sites
 
@@ -31,7 +31,7 @@ OUTSIDE = -1
 
 
 def addresses_of(
-    model: nn.Module, sites: Sites, log: EditLog, tensors: Mapping[str, Tensor], buffers: Mapping[str, BufferOwner]
+    model: nn.Module, sites: Sites, log: EditLog, tensors: Mapping[str, Tensor], buffers: Mapping[str, TensorOwner]
 ) -> dict[str, str]:
     """Return the addresses of tensors that an attachment saves, by state_dict key; no two are the same.
 

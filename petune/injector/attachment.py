@@ -22,9 +22,8 @@ from petune.injector.edit_log import EditLog
 from petune.injector.loop_check import LoopCheck
 from petune.injector.merge import fold
 from petune.injector.param_groups import groups_by_part, undecayed_keys
-from petune.injector.recorded_outputs import recorded_outputs
 from petune.injector.registry import call_hook
-from petune.injector.saving import describe, write
+from petune.injector.saving import describe, recorded_outputs, write
 from petune.injector.trainable import TrainableState
 from petune.injector.tuner import Recipe, Tuner
 from petune.injector.unfrozen import refuse_unfrozen, warn_of_changed
@@ -98,8 +97,7 @@ class Attachment:
         Raises:
             AttachError: The model has another tensor in the place of one of them, or parameters that someone unfroze.
         """
-        self._check_in_model()
-        refuse_unfrozen(self.model, self.sites)
+        self._check_trainable()
         return list(self.tensors.trainable().values())
 
     def param_groups(self, weight_decay: float | None = None, *, head_lr: float | None = None) -> list[dict[str, Any]]:
@@ -113,7 +111,7 @@ class Attachment:
             AttachError: See `parameters`.
         """
         check_arguments("param_groups", weight_decay=(weight_decay, Number), head_lr=(head_lr, Number))
-        self.parameters()
+        self._check_trainable()
         decay = self.recipe.weight_decay if weight_decay is None else weight_decay
         return groups_by_part(self.tuned, self.head, decay, undecayed_keys(self.model), head_lr)
 
@@ -379,6 +377,10 @@ class Attachment:
     def _check_in_model(self, only: Mapping[str, Tensor] | None = None) -> None:
         if self.attached:
             self.tensors.check_in_model(self.name, active=self.enabled, only=only)
+
+    def _check_trainable(self) -> None:
+        self._check_in_model()
+        refuse_unfrozen(self.model, self.sites)
 
     def _check_attached(self) -> None:
         if not self.attached:

@@ -14,6 +14,7 @@ from petune.injector.hooks.around import Link
 from petune.injector.hooks.base import is_tuple
 from petune.sites.forward import dry_forward, tensors_in
 from petune.sites.input_spec import InputSpec
+from petune.sites.layouts import share_memory
 from petune.sites.site import Block, Site, Sites
 
 
@@ -181,7 +182,7 @@ def check_stream(model: nn.Module, sites: Sites, site: Site) -> Block | None:
             "at several tensors. Use a method that reads the stream, such as adaptformer, or edits the layers inside"
         )
     stream = calls[site.enter].inputs[0]
-    if not any(_share_memory(stream, x) for x in calls[block.enter].inputs):
+    if not any(share_memory(stream, x) for x in calls[block.enter].inputs):
         return None
     if block.enter is site.enter or not block.is_module:
         raise AttachError(
@@ -189,7 +190,3 @@ def check_stream(model: nn.Module, sites: Sites, site: Site) -> Block | None:
             "its own. Use another method on this model"
         )
     return block
-
-
-def _share_memory(x: Tensor, y: Tensor) -> bool:
-    return x is y or x.untyped_storage()._cdata == y.untyped_storage()._cdata

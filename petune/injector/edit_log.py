@@ -14,7 +14,7 @@ from petune.base.errors import AttachError, NotMergeable
 from petune.injector.calibration import CalibrationState
 from petune.injector.hooks.base import After, Before, Holder
 from petune.injector.hooks.torch_attention import Projection
-from petune.injector.keys import BufferOwner
+from petune.injector.keys import TensorOwner
 from petune.injector.sparse import SparseParameters, full_gradients
 from petune.injector.zero_entries import ZeroEntries
 from petune.sites.site import Site
@@ -109,7 +109,7 @@ class EditLog:
         buffers = [module._buffers.get(name) for module, name in self.new_buffers()]
         return [*self.new_parameters(), *(b for b in buffers if b is not None)]
 
-    def new_buffers(self) -> list[BufferOwner]:
+    def new_buffers(self) -> list[TensorOwner]:
         """Return where the buffers are that the edit added: a forward, or a move to a device, may replace them."""
         roots = [*(holder for holder, _ in self.placed), *self.added_modules]
         inside = [(module, name) for root in roots for module in root.modules() for name in module._buffers]

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
-BufferOwner = tuple[nn.Module, str]
+TensorOwner = tuple[nn.Module, str]
+"""The module that holds a parameter or a buffer, and its name there."""
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -18,9 +19,9 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def buffer_owners(
     model: nn.Module,
     modules: Iterable[nn.Module],
-    single: Iterable[BufferOwner],
-    left_out: Collection[BufferOwner] = (),
-) -> dict[str, BufferOwner]:
+    single: Iterable[TensorOwner],
+    left_out: Collection[TensorOwner] = (),
+) -> dict[str, TensorOwner]:
     """Return, by state_dict key, the module that holds a buffer and the buffer's name there.
 
     A forward may make or replace a buffer, and a module may be taken out of the model: the owner still leads to it.
@@ -33,7 +34,7 @@ def buffer_owners(
     """
     wanted = set(modules)
     wanted_single = set(single)
-    owners: dict[int | BufferOwner, tuple[str, nn.Module, str]] = {}
+    owners: dict[int | TensorOwner, tuple[str, nn.Module, str]] = {}
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if (module in wanted and (module, name) not in left_out) or (module, name) in wanted_single:
@@ -44,7 +45,7 @@ def buffer_owners(
     return {keys.get(id(module._buffers[name]), key): (module, name) for key, module, name in owners.values()}
 
 
-def persistent_buffers(module: nn.Module) -> Iterator[BufferOwner]:
+def persistent_buffers(module: nn.Module) -> Iterator[TensorOwner]:
     """Yield the buffers of a module and its submodules that are part of `state_dict`, also those that are None yet."""
     for part in module.modules():
         for name in part._buffers:
@@ -52,7 +53,7 @@ def persistent_buffers(module: nn.Module) -> Iterator[BufferOwner]:
                 yield part, name
 
 
-def non_persistent_buffers(modules: Iterable[nn.Module]) -> set[BufferOwner]:
+def non_persistent_buffers(modules: Iterable[nn.Module]) -> set[TensorOwner]:
     """Return the modules' own buffers that are no part of `state_dict`: tables that the library computes itself."""
     return {(module, name) for module in modules for name in module._non_persistent_buffers_set}
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from petune.adapters.card import model_card
 from petune.adapters.format import chosen_sites, geometry, write_adapter
 from petune.adapters.migrations import FORMAT
+from petune.adapters.reference_logits import backbone_features
 from petune.base.config import expand_home
+from petune.base.errors import AttachError
 from petune.injector.adapter_tensors import AdapterTensors
 from petune.injector.addresses import file_addresses
 from petune.injector.counts import Counts
+from petune.injector.edit_log import EditLog
 from petune.injector.registry import list_tuners
 from petune.injector.tuner import Tuner
 from petune.sites.site import Sites
+
+MAX_UNFROZEN = 0.1
+"""Largest part of a model that is copied to disable an attachment for one forward."""
 
 
 def describe(
@@ -62,3 +69,31 @@ def write(
     """
     card = model_card(config, counts, is_peft=external is not None)
     write_adapter(expand_home(path), config, tensors, card, external[0] if external else None)
+
+
+def recorded_outputs(
+    logits: Mapping[str, Any] | None,
+    model: nn.Module,
+    sites: Sites,
+    log: EditLog,
+    disabled: AbstractContextManager[None],
+) -> dict[str, Any] | None:
+    """Return reference logits for a configuration, together with the features of the backbone alone.
+
+    Args:
+        logits: With the attachment; None if they are not known, and then nothing else is computed.
+        model: The model.
+        sites: Its sites.
+        log: What the attachment's tuner has changed.
+        disabled: Disables the attachment inside the context.
+    """
+    if logits is None:
+        return None
+    num_unfrozen = sum(p.numel() for p in log.unfrozen)
+    if num_unfrozen > MAX_UNFROZEN * sum(p.numel() for p in model.parameters()):
+        return dict(logits)
+    try:
+        with disabled:
+            return {**logits, "backbone_features": backbone_features(model, sites)}
+    except AttachError:  # the original values were not kept
+        return dict(logits)

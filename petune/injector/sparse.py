@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.base.text import plural
-
-Owner = tuple[nn.Module, str]
-"""The module that holds a parameter, and the parameter's name there."""
+from petune.injector.keys import TensorOwner
 
 
 class SparseParameters(nn.Module):
@@ -38,7 +36,7 @@ class SparseParameters(nn.Module):
     is_petune_module = True
     indices: Tensor
 
-    def __init__(self, owners: Sequence[Owner], masks: Sequence[Tensor]) -> None:
+    def __init__(self, owners: Sequence[TensorOwner], masks: Sequence[Tensor]) -> None:
         super().__init__()
         self.owners = tuple(owners)  # in a tuple: they stay the backbone's own modules
         self.enabled = True

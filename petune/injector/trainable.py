@@ -20,7 +20,7 @@ from petune.injector.hooks.base import Holder
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
 from petune.injector.hooks.nested_encoder import NestedEncoders
 from petune.injector.hooks.torch_attention import Projections
-from petune.injector.keys import BufferOwner, named_parameters
+from petune.injector.keys import TensorOwner, named_parameters
 from petune.injector.trained_parts import TensorValues, TrainedParts
 from petune.sites.random_draws import RandomDraws, find_random_draws
 from petune.sites.site import Sites
@@ -365,7 +365,7 @@ def added_to(model: nn.Module) -> set[int]:
     return added | {id(t) for holder in _holders(model) for t in (*holder.parameters(), *holder.buffers())}
 
 
-def buffers_added_to(model: nn.Module) -> set[BufferOwner]:
+def buffers_added_to(model: nn.Module) -> set[TensorOwner]:
     """Return the buffers that attachments have added, each as its module and its name there."""
     state = trainable_state_of(model)
     return {owner for parts in state.attachments.values() for owner in parts.added_buffers} if state else set()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from petune.injector.keys import BufferOwner
+from petune.injector.keys import TensorOwner
 from petune.injector.sparse import SparseParameters
 
 
@@ -43,7 +43,7 @@ class TrainedParts:
 
     parameters: tuple[nn.Parameter, ...] = ()
     added: tuple[Tensor, ...] = ()
-    added_buffers: tuple[BufferOwner, ...] = ()
+    added_buffers: tuple[TensorOwner, ...] = ()
     modules: tuple[nn.Module, ...] = ()
     sparse: tuple[SparseParameters, ...] = ()
     in_place: dict[str, TensorValues] = field(default_factory=dict)

@@ -31,7 +31,7 @@ from petune.runner.stored_config import check_config, write_config
 from petune.training.events import Event, Note
 from petune.training.run_files import METRICS_FILE
 from petune.training.task import choose_metrics
-from petune.training.task_registry import AUTO, BUILT_IN, build_task
+from petune.training.task_registry import AUTO_TASK, BUILT_IN, build_task
 
 TABLES = (COMPARE_TABLE, COMPARE_PAGE, COMPARE_PLOT)
 
@@ -206,5 +206,5 @@ def _task_of(config: CompareConfig, results: Sequence[RunResult]) -> tuple[str, 
     """Return the task's name and its metrics, the main one first, also if no run finished."""
     if results:
         return results[0].task, results[0].metric_info
-    task = build_task(BUILT_IN["class"] if config.run.task == AUTO else config.run.task)
+    task = build_task(BUILT_IN["class"] if config.run.task == AUTO_TASK else config.run.task)
     return task.name, choose_metrics(task, config.run.train.choose)

@@ -30,8 +30,8 @@ from petune.runner.final_fit import Chosen, make_final_dir
 from petune.runner.make_result import make_result, measure
 from petune.runner.prepare import RunContext, prepare
 from petune.runner.recipes import choose_recipe, complete_from_recipe
-from petune.runner.report.evaluations import galleries_file
 from petune.runner.report.seen_images import first_batch
+from petune.runner.report.tiles import galleries_file
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
 from petune.runner.run_data import check_clips, has_final_fit

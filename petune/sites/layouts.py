@@ -79,10 +79,15 @@ def _axis_by_strides(x: Tensor, y: Tensor) -> int | None:
 
     This decides where an image has as many rows and columns as channels.
     """
-    if y.ndim != 3 or y.shape[-1] == 1 or y.untyped_storage()._cdata != x.untyped_storage()._cdata:
+    if y.ndim != 3 or y.shape[-1] == 1 or not share_memory(x, y):
         return None
     axes = [axis for axis in (1, -1) if (x.shape[axis], x.stride(axis)) == (y.shape[-1], y.stride(-1))]
     return axes[0] if len(axes) == 1 else None
+
+
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Return True if one tensor is the other, or both are views of one."""
+    return x is y or x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def width_of(call: Call) -> int:

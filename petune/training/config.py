@@ -17,7 +17,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Schedule = Literal["cosine", "constant"]
 CacheFeatures = Literal["auto", "always", "never"]
 AUTO = "auto"
-Sampling = Literal["all", "balanced"]
+EpochSampling = Literal["all", "balanced"]
 
 
 class TrainConfig(Config):
@@ -89,7 +89,7 @@ class TrainConfig(Config):
     mixup: float = Field(0.0, ge=0, le=10)
     cutmix: float = Field(0.0, ge=0, le=10)
     augment: str | list[StepConfig] = AUTO
-    sampling: Sampling = "all"
+    sampling: EpochSampling = "all"
     choose: str | None = None
     patience: int | None = Field(None, ge=1)
     ema: float | None = Field(None, gt=0, lt=1)

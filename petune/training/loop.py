@@ -19,7 +19,7 @@ from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import ConfigError, Stopped
 from petune.base.metric import SplitMetrics
 from petune.base.text import plural
-from petune.data.batches import AUGMENT_FORMAT, Batch, TrainBatches
+from petune.data.batches import Batch, TrainBatches
 from petune.injector.param_groups import undecayed_keys
 from petune.sites.file_values import rounded_values
 from petune.training.batch_loss import BatchLoss
@@ -35,7 +35,6 @@ from petune.training.gradient_check import check_step_gradients
 from petune.training.job import TrainJob
 from petune.training.layer_decay import lr_scales
 from petune.training.meter import Meter
-from petune.training.migrations import check_same_batches
 from petune.training.mixup import BatchMixer
 from petune.training.optim import create_optimizer, create_schedule, peak_rate
 from petune.training.precision import autocast, choose_attention, choose_precision, set_float32_products
@@ -290,7 +289,8 @@ class Trainer:
             choose_micro_batch=self._choose_micro_batch,
         )
         try:
-            with apply_speedups(context) as self.forward:
+            with apply_speedups(context) as forward:
+                self.forward = forward
                 yield
         finally:
             self.forward = Forward(self.model)
@@ -355,13 +355,12 @@ class Trainer:
             self.on_event(Note(f"{problem}; {instead}"))
         if checkpoint is None:
             calibrate_method(self.job, self.batches, self.loss, self.precision, sharded=self.sharded)
-            self.progress.steps_per_epoch = len(self.batches)
-            self.progress.augment_format = AUGMENT_FORMAT
+            self.progress.record_batches(self.batches)
             self.sync.share_initial_values(self.state.tensors())
             return
         self.state.load(checkpoint)
-        check_same_batches(self.progress, self.batches, self.job.directory)
-        self.progress.check_augment_format(self.job.directory, one_by_one=self.batches.policy is not None)
+        self.progress.check_batches(self.batches, self.job.directory)
+        self.progress.record_batches(self.batches)
         self._apply_precision()  # that of the checkpoint: `auto` may choose another on a busy machine
 
     def _save(self) -> None:

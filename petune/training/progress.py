@@ -8,7 +8,7 @@ from pathlib import Path
 
 from petune.base.errors import CheckpointError
 from petune.base.metric import SplitMetrics
-from petune.data.batches import AUGMENT_FORMAT
+from petune.data.batches import AUGMENT_FORMAT, TrainBatches
 from petune.training.config import NumberFormat
 
 
@@ -80,22 +80,33 @@ class Progress:
     augment_format: int = 0
     epochs: list[dict[str, float]] = field(default_factory=list)
 
-    def check_augment_format(self, directory: Path, *, one_by_one: bool) -> None:
-        """Check that a checkpoint's images were augmented as they are now, and record that from here on they are.
+    def check_batches(self, batches: TrainBatches, directory: Path) -> None:
+        """Check that a checkpoint's epochs had the same batches as now, and its images the same augmentation.
 
         Args:
+            batches: The batches of today.
             directory: The run, for the message.
-            one_by_one: The augmentation is one of `petune.data.steps`.
 
         Raises:
-            CheckpointError: They were not.
+            CheckpointError: An older version left out the images that fill no batch, or cropped in another way.
         """
-        if one_by_one and self.augment_format != AUGMENT_FORMAT:
+        full, num_images = batches.full_size, len(batches.split)
+        if (self.steps_per_epoch or num_images // full) != len(batches):
+            raise CheckpointError(
+                f"{directory} was started by an older version of petune, which left out {num_images % full} of "
+                f"{num_images} images in every epoch. Start again in another output, to train on all of them",
+                cli_hint="Name a new directory with --output",
+            )
+        if batches.policy is not None and self.augment_format != AUGMENT_FORMAT:
             raise CheckpointError(
                 f"{directory} was started by another version of petune, which cropped images in another way. Start "
                 "again in another output",
                 cli_hint="Name a new directory with --output",
             )
+
+    def record_batches(self, batches: TrainBatches) -> None:
+        """Keep what `check_batches` compares."""
+        self.steps_per_epoch = len(batches)
         self.augment_format = AUGMENT_FORMAT
 
     @property

@@ -26,7 +26,7 @@ TASKS = PluginKind(
     hint="petune.list_tasks() lists the installed ones; for a plugin's task install its package first, such as "
     "pip install petune-NAME",
 )
-AUTO = "auto"
+AUTO_TASK = "auto"
 """The task of a run that names none: the built-in one of the dataset's kind of targets."""
 BUILT_IN: Mapping[TargetKind, str] = {
     "class": "classification",
@@ -81,7 +81,7 @@ def check_task(text: str, choose: str | None = None) -> None:
     """
     from petune.training.task import choose_metrics
 
-    if text != AUTO:
+    if text != AUTO_TASK:
         choose_metrics(build_task(text), choose)
 
 
@@ -98,7 +98,7 @@ def task_for(text: str, target: Target, dataset: str) -> Task[Any]:
         ConfigError: An option is unknown or wrong, or the task is for other targets.
     """
     built_in = BUILT_IN[target.kind]
-    task = build_task(built_in if text == AUTO else text)
+    task = build_task(built_in if text == AUTO_TASK else text)
     if task.target_kind != target.kind:
         raise ConfigError(
             f"the task {task.name} is for targets of kind {task.target_kind!r}, but those of {dataset} are of kind "

@@ -9,25 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petune.base.config import Config
 from petune.base.errors import ConfigError
 from petune.base.metric import Metric
 from petune.runner.file_names import FIRST_BATCH_FILE
 from petune.runner.report.charts import Chart
 from petune.runner.report.confusion import confusion_figure
 from petune.runner.report.plots import to_markup
-from petune.runner.report.tiles import Gallery
+from petune.runner.report.tiles import Galleries, Gallery
 
 EVALUATION_FILE = "eval.json"
 MISTAKES_FILE = "mistakes.json"
 MAX_CLASSES = 50
 """Rows of the table of classes."""
-
-
-class Galleries(Config):
-    """The galleries of a file."""
-
-    galleries: tuple[Gallery, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,11 +53,6 @@ class Shown:
     galleries: Sequence[Gallery] = ()
     classes: ClassTable | None = None
     is_evaluation: bool = False
-
-
-def galleries_file(galleries: Sequence[Gallery]) -> bytes:
-    """Return the content of a file of galleries."""
-    return (Galleries(galleries=tuple(galleries)).model_dump_json() + "\n").encode()
 
 
 def shown_of(run_dir: Path, label: str) -> list[Shown]:

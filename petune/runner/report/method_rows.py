@@ -14,7 +14,7 @@ from petune.runner.migrations import read_record
 from petune.runner.report.find_runs import RunDirectory
 from petune.runner.result import RunResult
 from petune.runner.stored_config import flatten
-from petune.training.task_registry import AUTO
+from petune.training.task_registry import AUTO_TASK
 from petune.training.tasks.classification import Classification
 
 MAY_DIFFER = {"seed", "output", "resume"}
@@ -81,7 +81,7 @@ def task_of(run: RunDirectory) -> tuple[str, ...]:
     """Return what tells a run's task, and the metric that chose its epoch, from others."""
     train = run.config.get("train")
     choose = train.get("choose") if isinstance(train, dict) else None
-    return str(run.config.get("task", AUTO)), str(choose or "")
+    return str(run.config.get("task", AUTO_TASK)), str(choose or "")
 
 
 def shared_config(runs: Sequence[RunDirectory]) -> dict[str, Any]:

@@ -76,6 +76,17 @@ class Gallery(Config):
     tiles: tuple[Tile, ...] = ()
 
 
+class Galleries(Config):
+    """The galleries of a file."""
+
+    galleries: tuple[Gallery, ...] = ()
+
+
+def galleries_file(galleries: Sequence[Gallery]) -> bytes:
+    """Return the content of a file of galleries."""
+    return (Galleries(galleries=tuple(galleries)).model_dump_json() + "\n").encode()
+
+
 def tile_image(pixels_HWC: NDArray[np.uint8], caption: str = "") -> TileImage:
     """Encode an image, uint8 (H, W, 3)."""
     from PIL import Image

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from petune.base.files import replace_file
-from petune.runner.report.evaluations import EVALUATION_FILE, MISTAKES_FILE, galleries_file
+from petune.runner.report.evaluations import EVALUATION_FILE, MISTAKES_FILE
 from petune.runner.report.plots import FileType
 from petune.runner.report.render import render
-from petune.runner.report.tiles import Gallery, mask_key
+from petune.runner.report.tiles import Gallery, galleries_file, mask_key
 from petune.serving.evaluation.evaluated import Evaluated
 from petune.serving.evaluation.mistakes import galleries_of
 from petune.serving.evaluation.plots import confusion_plot, reliability_plot
