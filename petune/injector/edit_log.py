@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from petune.base.errors import AttachError, NotMergeable
+from petune.base.errors import AttachError
 from petune.injector.calibration import CalibrationState
-from petune.injector.hooks.base import After, Before, Holder
-from petune.injector.hooks.torch_attention import Projection
+from petune.injector.hooks.base import Holder
 from petune.injector.keys import TensorOwner
 from petune.injector.sparse import SparseParameters, full_gradients
 from petune.injector.zero_entries import ZeroEntries
@@ -127,25 +125,6 @@ class EditLog:
         for toggle in self.toggles if on else reversed(self.toggles):
             toggle(on)
 
-    def fold(self, method: str) -> None:
-        """Fold every adapter into the weights of its site. The caller undoes the edit, or restores the weights.
-
-        Raises:
-            NotMergeable: An adapter is not a change of weights; the message says why.
-        """
-        for holder, sites in self.placed:
-            reason = getattr(holder.adapter, "why_not_mergeable", None)
-            if reason is None and not callable(getattr(holder.adapter, "merge", None)):
-                reason = "its adapter has no method merge(module)"
-            if reason is None and (sites[-1].part is not None or isinstance(sites[-1].exit, Projection)):
-                reason = "it changes a part of what a layer returns"
-            if reason:
-                raise NotMergeable(f"{method} cannot be merged into the weights of {sites[-1].where}: {reason}")
-        for merge in self.merges:
-            merge()
-        for holder, sites in _fold_order(self.placed, method):
-            holder.adapter.merge(sites[-1].exit)  # type: ignore[operator]
-
     def check_open(self) -> None:
         """Check that edits can still be recorded.
 
@@ -165,29 +144,3 @@ class EditLog:
             holder.clear()
         while self.undo_steps:
             self.undo_steps.pop()()
-
-
-def _fold_order(placed: list[Placed], method: str) -> list[Placed]:
-    """Return the adapters in the order in which folding them one by one gives what they compute together.
-
-    What acts on a module's output is folded in the order in which it acts. What acts on its input is folded in reverse
-    order: the module takes in the last one first, and what a parallel adapter reads first too.
-
-    Raises:
-        NotMergeable: There is no such order.
-    """
-    sorter: TopologicalSorter[int] = TopologicalSorter()
-    by_module: dict[nn.Module, list[int]] = {}
-    for index, (holder, sites) in enumerate(placed):
-        sorter.add(index)
-        for earlier in by_module.setdefault(sites[-1].exit, []):
-            kinds = {type(placed[earlier].holder), type(holder)}
-            if After in kinds and Before not in kinds:
-                sorter.add(index, earlier)
-            elif Before in kinds and After not in kinds:
-                sorter.add(earlier, index)
-        by_module[sites[-1].exit].append(index)
-    try:
-        return [placed[index] for index in sorter.static_order()]
-    except CycleError:
-        raise NotMergeable(f"{method} has adapters at one site that cannot be folded one by one") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from petune.adapters.fingerprint import plain_parts
 from petune.base.errors import NotMergeable
-from petune.injector.edit_log import EditLog
+from petune.injector.edit_log import EditLog, Placed
+from petune.injector.hooks.base import After, Before
+from petune.injector.hooks.torch_attention import Projection
 from petune.injector.trainable import TrainableState
 from petune.sites.logits import max_difference, max_value, synthetic_logits
 from petune.sites.site import Sites
@@ -77,10 +80,10 @@ def _fold(model: nn.Module, log: EditLog, name: str) -> None:
     """Fold the adapters.
 
     Raises:
-        NotMergeable: See `EditLog.fold`; or quantized weights do not take the change.
+        NotMergeable: An adapter is not a change of weights; or quantized weights do not take the change.
     """
     try:
-        log.fold(name)
+        _fold_adapters(log, name)
     except (NotImplementedError, RuntimeError) as error:
         kinds = {type(p).__name__ for p in model.parameters() if type(p) is not nn.Parameter}
         if not kinds:
@@ -89,6 +92,52 @@ def _fold(model: nn.Module, log: EditLog, name: str) -> None:
             f"{name} cannot be merged into quantized weights ({', '.join(sorted(kinds))}): {error}. Merge before "
             "quantizing: attach and train on the model in full precision"
         ) from error
+
+
+def _fold_adapters(log: EditLog, method: str) -> None:
+    """Fold every adapter into the weights of its site. The caller undoes the edit, or restores the weights.
+
+    Raises:
+        NotMergeable: An adapter is not a change of weights; the message says why.
+    """
+    for holder, sites in log.placed:
+        reason = getattr(holder.adapter, "why_not_mergeable", None)
+        if reason is None and not callable(getattr(holder.adapter, "merge", None)):
+            reason = "its adapter has no method merge(module)"
+        if reason is None and (sites[-1].part is not None or isinstance(sites[-1].exit, Projection)):
+            reason = "it changes a part of what a layer returns"
+        if reason:
+            raise NotMergeable(f"{method} cannot be merged into the weights of {sites[-1].where}: {reason}")
+    for merge in log.merges:
+        merge()
+    for holder, sites in _fold_order(log.placed, method):
+        holder.adapter.merge(sites[-1].exit)  # type: ignore[operator]
+
+
+def _fold_order(placed: list[Placed], method: str) -> list[Placed]:
+    """Return the adapters in the order in which folding them one by one gives what they compute together.
+
+    What acts on a module's output is folded in the order in which it acts. What acts on its input is folded in reverse
+    order: the module takes in the last one first, and what a parallel adapter reads first too.
+
+    Raises:
+        NotMergeable: There is no such order.
+    """
+    sorter: TopologicalSorter[int] = TopologicalSorter()
+    by_module: dict[nn.Module, list[int]] = {}
+    for index, (holder, sites) in enumerate(placed):
+        sorter.add(index)
+        for earlier in by_module.setdefault(sites[-1].exit, []):
+            kinds = {type(placed[earlier].holder), type(holder)}
+            if After in kinds and Before not in kinds:
+                sorter.add(index, earlier)
+            elif Before in kinds and After not in kinds:
+                sorter.add(earlier, index)
+        by_module[sites[-1].exit].append(index)
+    try:
+        return [placed[index] for index in sorter.static_order()]
+    except CycleError:
+        raise NotMergeable(f"{method} has adapters at one site that cannot be folded one by one") from None
 
 
 @torch.no_grad()
