@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from petune.base.errors import CheckpointError
 from petune.base.text import plural
 from petune.sites.forward import tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.logits import synthetic_logits
 from petune.sites.site import Sites
 
@@ -101,10 +102,8 @@ def backbone_features(model: nn.Module, sites: Sites) -> list[float] | None:
         entered.extend(x.detach() for x in args[:1] if isinstance(x, Tensor))
 
     handle = head.enter.register_forward_pre_hook(keep)
-    try:
+    with removed_after([handle]):
         synthetic_logits(model, sites, 1)
-    finally:
-        handle.remove()
     values = entered[0].flatten()[:NUM_LOGITS].double().cpu() if entered else torch.tensor([math.nan])
     return [_with_digits(9, value) for value in values.tolist()] if bool(values.isfinite().all()) else None
 
@@ -181,11 +180,8 @@ def _rounded_outputs(model: nn.Module, sites: Sites, fewer_bits: int) -> tuple[d
     bits = (MANTISSA_BITS_IN_HALF if is_half else MANTISSA_BITS) - fewer_bits
     hook: Callable[..., Any] = partial(_rounded, bits)
     handles = [layer.register_forward_hook(hook) for layer in layers]
-    try:
+    with removed_after(handles):
         return _outputs(model, sites)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _rounded(bits: int, module: nn.Module, args: Any, out: Any) -> Tensor | None:

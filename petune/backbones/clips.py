@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from petune.base.arguments import check_arguments
 from petune.base.errors import AttachError, UsageError
 from petune.sites.forward import black_image, forward_of, meta_output
+from petune.sites.hooked import removed_after
 from petune.sites.input_size import channels_of, image_sizes_of
 from petune.sites.input_spec import InputSpec
 from petune.sites.logits import logits_of
@@ -170,11 +171,8 @@ def _failure(model: nn.Module, form: ClipForm, num_frames: int, clips: InputSpec
 @contextlib.contextmanager
 def _used(model: nn.Module, form: ClipForm, num_frames: int) -> Iterator[None]:
     handles = _use(model, form, num_frames)
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _use(model: nn.Module, form: ClipForm, num_frames: int) -> list[Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from petune.sites.forward import dry_forward, tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import InputSpec
 
 
@@ -34,12 +35,8 @@ def run_by_own_forward(model: nn.Module, spec: InputSpec, layers: Iterable[nn.Li
         handles = [model.register_forward_pre_hook(reads.start, prepend=True)]
         for layer in candidates:
             handles += [layer.register_forward_pre_hook(reads.enter), layer.register_forward_hook(reads.leave)]
-        try:
-            with reads:
-                yield reads
-        finally:
-            for handle in handles:
-                handle.remove()
+        with removed_after(handles), reads:
+            yield reads
 
     reads: _WeightReads = dry_forward(model, spec, watch)
     return [layer for layer in candidates if layer in reads.called and layer not in reads.read_by_others]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from petune.base.errors import UsageError
 from petune.injector.hooks.base import first_tensor, part_of, to_channels_last
 from petune.sites.forward import tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of
 from petune.sites.site import Site
@@ -88,11 +89,8 @@ class CalibrationBatch:
     def _run_with(self, read: Read, sites: Sequence[Site]) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         handles = [read(index, site, found) for index, site in enumerate(sites)]
-        try:
+        with removed_after(handles):
             self.run()
-        finally:
-            for handle in handles:
-                handle.remove()
         missing = [site.where for index, site in enumerate(sites) if index not in found]
         if missing:
             raise UsageError(f"calibrate reads {missing[0]}, which the forward does not pass. Read another site")

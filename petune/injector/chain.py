@@ -13,6 +13,7 @@ from petune.base.errors import AttachError
 from petune.injector.hooks.around import Link
 from petune.injector.hooks.base import is_tuple
 from petune.sites.forward import dry_forward, tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import share_memory
 from petune.sites.site import Block, Site, Sites
@@ -73,11 +74,8 @@ def calls_of(model: nn.Module, spec: InputSpec, modules: Iterable[nn.Module]) ->
     watched = dict.fromkeys(modules)
     handles = [m.register_forward_pre_hook(enter, with_kwargs=True, prepend=True) for m in watched]
     handles += [m.register_forward_hook(leave) for m in watched]
-    try:
+    with removed_after(handles):
         dry_forward(model, spec)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -15,6 +15,7 @@ from petune.serving.bank_kind import AdapterKind, Owner, ValueSlots
 from petune.serving.mixed_batch import row_wise
 from petune.serving.row_groups import Segment
 from petune.sites.forward import device_of, dtype_of
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of, synthetic_logits
 from petune.sites.site import Sites
@@ -157,10 +158,8 @@ class BankForward:
             outputs.append((output, output.clone() if isinstance(output, Tensor) else output))
 
         handle = self.head.enter.register_forward_hook(record)
-        try:
+        with removed_after([handle]):
             logits = synthetic_logits(self.model, self.sites)
-        finally:
-            handle.remove()
         if len(outputs) != 1 or not isinstance(outputs[0][0], Tensor):
             return False
         output, copy = outputs[0]

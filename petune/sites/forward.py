@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from petune.base.errors import AttachError, PetuneError
 from petune.sites.file_values import read_layer_by_layer
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.returned import attributes_of
 from petune.sites.undisturbed import parameters_of, undisturbed
@@ -145,12 +146,8 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
         torch.set_autocast_enabled(device, False)  # until the model's own autocast is left
 
     handles = [m.register_forward_pre_hook(disable) for m in modules if m is not model]
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed_after(handles), torch.autocast(device, enabled=False):
+        yield
 
 
 def forget_caches(model: nn.Module) -> None:

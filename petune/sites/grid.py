@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.sites.forward import device_of, dtype_of, forward_of, inference, meta_output, tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.layouts import IMAGES, channel_axis, is_conv
 from petune.sites.trace import Call, Trace
@@ -78,17 +79,17 @@ def _shape_of_batch(model: nn.Module, block: Call, spec: InputSpec, num_samples:
         raise _Entered
 
     handle = block.module.register_forward_pre_hook(enter, with_kwargs=True)
+    is_on_meta = block.input is not None and block.input.device.type == "meta" != device_of(model).type
     try:
-        if block.input is not None and block.input.device.type == "meta" != device_of(model).type:
-            meta_output(model, spec, num_samples)
-        else:
-            forward_of(model, spec.zeros(num_samples))
+        with removed_after([handle]):
+            if is_on_meta:
+                meta_output(model, spec, num_samples)
+            else:
+                forward_of(model, spec.zeros(num_samples))
     except _Entered:
         pass
     except Exception:  # whatever the model's own code raises
         LOG.debug("the model does not run on %d samples", num_samples, exc_info=True)
-    finally:
-        handle.remove()
     return shapes[0] if shapes else None
 
 
@@ -188,10 +189,7 @@ def _block_input(model: nn.Module, block: nn.Module, image: Inputs) -> Tensor:
         entered.append(next(tensors_in((args, kwargs))))
 
     handle = block.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        with inference(model):
-            torch.manual_seed(0)  # the same random masks for both images
-            image.call(model)
-    finally:
-        handle.remove()
+    with removed_after([handle]), inference(model):
+        torch.manual_seed(0)  # the same random masks for both images
+        image.call(model)
     return entered[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.site import Sites
 
 
@@ -97,9 +98,6 @@ def first_tokens(model: nn.Module, sites: Sites, x_BCHW: Tensor) -> Tensor:
 
     handle = sites.all_blocks[0].enter.register_forward_pre_hook(keep, with_kwargs=True)
     images = sites.input_spec.noise(len(x_BCHW)).map(lambda x: x_BCHW.to(x.dtype))
-    try:
-        with inference(model), contextlib.suppress(_Entered):
-            images.to(device_of(model), dtype_of(model)).call(model)
-    finally:
-        handle.remove()
+    with removed_after([handle]), inference(model), contextlib.suppress(_Entered):
+        images.to(device_of(model), dtype_of(model)).call(model)
     return entered[0]

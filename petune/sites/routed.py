@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from petune.sites.forward import forward_of, meta_output
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.recorder import record_calls
 
@@ -81,11 +82,8 @@ def _called(model: nn.Module, inputs: Inputs) -> set[nn.Module]:
         called.add(module)
 
     handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
-    try:
+    with removed_after(handles):
         forward_of(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return called
 
 

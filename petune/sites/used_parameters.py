@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from petune.sites.forward import black_image, meta_inputs, meta_tensors, tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import InputSpec
 from petune.sites.returned import tensors_returned
 from petune.sites.undisturbed import undisturbed
@@ -69,13 +70,11 @@ def parameters_after(
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
     try:
-        return _after(model, spec, candidates, entered, training=training)
+        with removed_after(handles):
+            return _after(model, spec, candidates, entered, training=training)
     except Exception:  # a value that is read, batch statistics of one image
         LOG.debug("no forward tells which parameters act after the blocks", exc_info=True)
         return [], []
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _after(

@@ -18,6 +18,7 @@ from petune.injector.hooks.prompt_effect import prompts_have_effect, prompts_hav
 from petune.injector.hooks.prompt_reasons import BlockCall, numbered_pairs, why_changed, why_unseen, why_without_effect
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of, max_difference, max_value
 from petune.sites.site import Block, Sites
@@ -168,26 +169,19 @@ class PromptCheck:
             blocks[0].enter.register_forward_pre_hook(look, with_kwargs=True),
         ]
         try:
-            with inference(self.model):
+            with removed_after(handles), inference(self.model):
                 self._images().call(self.model)
         except Exception:  # code that reads numbers may refuse NaNs
             LOG.debug("the model does not run on NaNs", exc_info=True)
             return bool(tainted)
-        finally:
-            for handle in handles:
-                handle.remove()
         return any(tainted)
 
     def _record(self) -> None:
         counts = KeyCounts()
         handles = [handle for block in self.sites.blocks for handle in self._watch(block, counts)]
-        try:
-            with inference(self.model), counts:
-                self._output = self._images().call(self.model)
-            self._key_counts = self._key_counts or tuple(counts.values)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with removed_after(handles), inference(self.model), counts:
+            self._output = self._images().call(self.model)
+        self._key_counts = self._key_counts or tuple(counts.values)
 
     def _watch(self, block: Block, counts: KeyCounts) -> list[Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:

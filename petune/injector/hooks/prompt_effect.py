@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from petune.injector.hooks.prompt_slot import PromptSlot
 from petune.sites.forward import tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.site import Block
 
 
@@ -74,10 +75,8 @@ def random_prompts(adapter: nn.Module, seed: int, *, is_reversed: bool = False) 
         return (numbers.flip(-2) if is_reversed else numbers).to(prompts)
 
     handle = adapter.register_forward_hook(replace)
-    try:
+    with removed_after([handle]):
         yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
@@ -91,11 +90,8 @@ def _outputs(blocks: Sequence[Block], slot: PromptSlot) -> Iterator[list[Tensor]
 
     exits = {blocks[-1].exit, blocks[0].parts.get("attn", blocks[0]).exit}
     handles = [module.register_forward_hook(leave) for module in exits]
-    try:
+    with removed_after(handles):
         yield tokens
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def without_prompts(x_BND: Tensor, slot: PromptSlot) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from petune.sites.hooked import removed_after
 from petune.training.speed.verify import same_logits
 
 FEW_ROWS = 4096
@@ -154,11 +155,8 @@ def _count_rows(layers: list[nn.Linear], forward: Callable[[], Tensor]) -> tuple
         rows[layer] = output.numel() // layer.out_features
 
     handles = [layer.register_forward_hook(count) for layer in layers]
-    try:
+    with removed_after(handles):
         return rows, forward()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _replace(rows: Mapping[nn.Linear, int]) -> None:
