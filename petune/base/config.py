@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
-from pydantic_core import core_schema
+from pydantic_core import core_schema, to_jsonable_python
 
 from petune.base.errors import ConfigError, Problem, did_you_mean, similar_names
 from petune.base.text import plural
@@ -100,6 +100,12 @@ class Config(BaseModel):
         if fields:
             raise ConfigError(f"{call}: pass a {cls.__name__} or its keys, not both. Drop {', '.join(sorted(fields))}")
         return config
+
+    def plain(self) -> dict[str, Any]:
+        """Return all options as JSON data; sets are sorted, so that the result is the same in every process."""
+        values = self.model_dump()
+        ordered = {k: sorted(v, key=str) if isinstance(v, set | frozenset) else v for k, v in values.items()}
+        return dict(to_jsonable_python(ordered))
 
     def to_yaml(self) -> str:
         """Return the complete configuration, defaults included, as YAML that `build` reads back equal."""

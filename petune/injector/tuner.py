@@ -43,7 +43,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic_core import to_jsonable_python
 
 from petune.base.block_choice import ALL, BlockChoice
 from petune.base.config import Config
@@ -76,12 +75,6 @@ class TunerConfig(Config):
         super().__pydantic_init_subclass__(**kwargs)
         if "blocks" in cls.__annotations__:
             raise TypeError(f"{cls.__name__}.blocks: every tuner has this option, from petune. Use another name")
-
-    def plain(self) -> dict[str, Any]:
-        """Return all options as JSON data; sets are sorted, so that the result is the same in every process."""
-        values = self.model_dump()
-        ordered = {k: sorted(v, key=str) if isinstance(v, set | frozenset) else v for k, v in values.items()}
-        return dict(to_jsonable_python(ordered))
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from pydantic_core import to_jsonable_python
-
 from petune.base.config import Config
 from petune.base.errors import ConfigError, did_you_mean
 from petune.base.metric import LOSS, Metric
@@ -62,12 +60,6 @@ if TYPE_CHECKING:
 
 class TaskConfig(Config):
     """Options of a task: pydantic fields with a type and a default. Unknown keys and wrong types are refused."""
-
-    def plain(self) -> dict[str, Any]:
-        """Return all options as JSON data; sets are sorted, so that the result is the same in every process."""
-        values = self.model_dump()
-        ordered = {k: sorted(v, key=str) if isinstance(v, set | frozenset) else v for k, v in values.items()}
-        return dict(to_jsonable_python(ordered))
 
 
 ConfigT = TypeVar("ConfigT", bound=TaskConfig)
