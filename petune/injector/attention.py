@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError, PetuneError
-from petune.injector.hooks.torch_attention import MULTI_HEAD, Projections
+from petune.injector.hooks.torch_attention import Projections
 from petune.injector.qkv import qkv_called
 from petune.sites.forward import device_of, dtype_of, tensors_in
+from petune.sites.operations import MULTI_HEAD, SDPA
 from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Block, Site, Sites
 from petune.sites.undisturbed import undisturbed
-
-SDPA = "scaled_dot_product_attention"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from petune.sites.operations import MULTI_HEAD, SDPA
 from petune.sites.site import Block
-
-MULTI_HEAD, SCALED_DOT_PRODUCT = "multi_head_attention_forward", "scaled_dot_product_attention"
 
 
 @contextlib.contextmanager
@@ -76,7 +75,7 @@ class _WeightRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == MULTI_HEAD:
             return self._multi_head(func, args, kwargs)
-        if name == SCALED_DOT_PRODUCT:
+        if name == SDPA:
             self._add(_weights_of(*args, **kwargs))
         result = func(*args, **kwargs)
         if name == "softmax" and isinstance(result, Tensor):

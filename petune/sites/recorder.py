@@ -19,13 +19,14 @@ from petune.sites.flattened import RESHAPES, FlattenRecorder
 from petune.sites.flow import Flow
 from petune.sites.forward import dry_forward, forward_of, tensors_in
 from petune.sites.input_spec import InputSpec
+from petune.sites.operations import MULTI_HEAD, SDPA
 from petune.sites.random_numbers import is_large, watch_draws
 from petune.sites.returned import logits_in, tensors_returned
 from petune.sites.sums import MULTIPLICATIONS, SumRecorder, renamed
 from petune.sites.trace import AttentionOp, Call, Trace, is_vector
 from petune.sites.unsuitable import why_method_fails
 
-FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
+FUSED_ATTENTION = {SDPA, MULTI_HEAD, "_native_multi_head_attention"}
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
 NORMALIZATIONS = {
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "vector_norm", "rsqrt",
@@ -231,7 +232,7 @@ class _OperationRecorder(TorchFunctionMode):
     ) -> None:
         is_sampled = name in SAMPLERS or any(id(t) in self.samples for t in tensors)
         if name in FUSED_ATTENTION and tensors:
-            axis = 0 if name == "multi_head_attention_forward" else -2
+            axis = 0 if name == MULTI_HEAD else -2
             sizes = {x.shape[axis] for x in tensors[:2]}  # of queries and keys
             op = AttentionOp(
                 self.calls.tick(), self.calls.stack[-1], tensors[0].shape[axis] > 1, is_single=sizes == {1}

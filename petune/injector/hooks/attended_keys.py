@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError
-from petune.injector.hooks.keys_values import MASKINGS, SDPA_ARGUMENTS
-from petune.injector.hooks.torch_attention import MULTI_HEAD, in_steps
+from petune.injector.hooks.keys_values import MASKINGS
+from petune.injector.hooks.torch_attention import in_steps
+from petune.sites.operations import MULTI_HEAD, SDPA, SDPA_ARGUMENTS
 from petune.sites.recorder import PRODUCTS
 from petune.sites.sums import ADDITIONS, DIFFERENCES, MIXES, MULTIPLICATIONS, PRODUCTS_ADDED
 
@@ -46,7 +47,7 @@ class AttendedKeys(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == MULTI_HEAD:
             return in_steps(args, kwargs, self.module, self.keep_fused)
-        if name == "scaled_dot_product_attention":
+        if name == SDPA:
             self.keep_fused(dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs)
         elif name in PRODUCTS and len(args) == 2 and all(isinstance(x, Tensor) and x.ndim == 4 for x in args):
             self.keep_product(*args)

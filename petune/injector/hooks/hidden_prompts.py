@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from petune.injector.hooks.prompt_slot import PromptSlot
+from petune.sites.operations import MULTI_HEAD, SDPA, SDPA_ARGUMENTS
 from petune.sites.recorder import PRODUCTS
 
-SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 NUMBERING = {"arange", "linspace"}
 
 
@@ -42,9 +42,9 @@ class KeyCounts(TorchFunctionMode):
 
 def num_keys_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """Return the number of keys of an operation, of a product the size of what is summed; None for other operations."""
-    if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
+    if name in (SDPA, MULTI_HEAD):
         key: Tensor = args[1] if len(args) > 1 else kwargs["key"]
-        return key.shape[-2 if name == "scaled_dot_product_attention" else 0]
+        return key.shape[-2 if name == SDPA else 0]
     values: Any = args[0] if args else None
     is_weights = isinstance(values, Tensor) and values.ndim >= 3
     if is_weights and (name == "softmax" or (name in PRODUCTS and len(args) > 1)):
@@ -78,10 +78,10 @@ class HiddenPrompts(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         self.numbers_tokens |= name in NUMBERING
         self._position += num_keys_of(name, args, kwargs) is not None
-        if name == "scaled_dot_product_attention":
+        if name == SDPA:
             kwargs = self._mask_sdpa(dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs)
             args = ()
-        elif name == "multi_head_attention_forward":
+        elif name == MULTI_HEAD:
             kwargs = self._mask_mha(inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments)
             args = ()
         elif name == "softmax":

@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 from petune.base.errors import AttachError
 from petune.injector.hooks.base import Holder, first_tensor, in_dtype_of, to_channels_last
 from petune.injector.hooks.replaced_forward import ReplacedForward
-from petune.injector.hooks.torch_attention import MULTI_HEAD, in_steps
+from petune.injector.hooks.torch_attention import in_steps
+from petune.sites.operations import MULTI_HEAD, SDPA, SDPA_ARGUMENTS
 from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Layout
 from petune.sites.sums import ADDITIONS
 
-SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 MASKINGS = {"masked_fill", "masked_fill_"}
 
 
@@ -130,7 +130,7 @@ class Appended(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.done:
             return func(*args, **kwargs)
-        if name == "scaled_dot_product_attention":
+        if name == SDPA:
             return func(**self.extend_fused(dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs))
         if name == MULTI_HEAD:
             output, weights = in_steps(args, kwargs, self.module, self.extend_fused)

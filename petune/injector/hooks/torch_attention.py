@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError
 from petune.injector.hooks.replaced_forward import ReplacedForward
+from petune.sites.operations import MULTI_HEAD
 
-MULTI_HEAD = "multi_head_attention_forward"
 PARAMETERS = inspect.signature(F.multi_head_attention_forward).parameters
 """Read here, because torch.compile would split the graph at it, and lose the modes around."""
 NAMES = tuple(PARAMETERS)
