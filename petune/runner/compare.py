@@ -18,7 +18,7 @@ from petune.runner.compare_config import MAY_GROW, CompareConfig
 from petune.runner.compare_differences import with_differences
 from petune.runner.comparison import Comparison, origins_of, summarize
 from petune.runner.directory_kind import check_kind
-from petune.runner.events import RunEvent, RunStarted, Watch
+from petune.runner.events import RunEvent, RunStarted, WatchRuns
 from petune.runner.executors import Executor, FromRun, Started, choose_executor
 from petune.runner.file_names import COMPARE_PAGE, COMPARE_PLOT, COMPARE_TABLE, CONFIG_FILE
 from petune.runner.report.tables import seeds_by_method
@@ -40,7 +40,7 @@ def compare(
     config: CompareConfig | None = None,
     *,
     executor: str | Executor = "serial",
-    watch: Watch = lambda event: None,
+    watch: WatchRuns = lambda event: None,
     **fields: Any,
 ) -> Comparison:
     """Run every method with every seed: `petune.compare(methods=("linear", "vpt"), run={"dataset": "digits"})`.
@@ -151,7 +151,7 @@ def _omitted_rows(config: CompareConfig, run_dir: Path) -> list[str]:
     return omitted
 
 
-def _do_runs(runs: Sequence[RunConfig], executor: Executor, watch: Watch) -> tuple[list[RunResult], dict[str, str]]:
+def _do_runs(runs: Sequence[RunConfig], executor: Executor, watch: WatchRuns) -> tuple[list[RunResult], dict[str, str]]:
     """Do the runs; return the results in the order of the runs, and by method why it failed.
 
     A method that failed with one seed is not tried with the others.

@@ -16,7 +16,7 @@ from petune.base.files import replace_file
 from petune.base.metric import Metric, shown_metrics
 from petune.base.text import html_table
 from petune.runner.differences import CONFIDENCE
-from petune.runner.events import RunStarted, Watch
+from petune.runner.events import RunStarted, WatchRuns
 from petune.runner.file_names import CONFIG_FILE, FOLDS_TABLE
 from petune.runner.result import RunResult
 from petune.runner.run import run
@@ -89,7 +89,7 @@ def cross_validate(
     config: RunConfig | None = None,
     *,
     seeds: Sequence[int] | None = None,
-    watch: Watch = lambda event: None,
+    watch: WatchRuns = lambda event: None,
     **fields: Any,
 ) -> CrossValidation:
     """Run once for each fold: `petune.cross_validate(method="vpt", dataset="folder:pets", folds=5)`.

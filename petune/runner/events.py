@@ -38,5 +38,5 @@ class RunEvent:
     event: Event
 
 
-Watch = Callable[[Event | RunStarted | RunEvent], None]
+WatchRuns = Callable[[Event | RunStarted | RunEvent], None]
 """A function that receives every event."""

@@ -21,7 +21,7 @@ from petune.runner.compare import compare
 from petune.runner.compare_config import MAY_GROW, CompareConfig
 from petune.runner.comparison import Comparison, Standing
 from petune.runner.directory_kind import check_kind
-from petune.runner.events import Watch
+from petune.runner.events import WatchRuns
 from petune.runner.executors import Executor
 from petune.runner.file_names import GRID_PAGE, GRID_TABLE
 from petune.runner.report.tables import UNKNOWN
@@ -184,7 +184,7 @@ def compare_datasets(
     config: CompareConfig | None = None,
     *,
     executor: str | Executor = "serial",
-    watch: Watch = lambda event: None,
+    watch: WatchRuns = lambda event: None,
     **fields: Any,
 ) -> Grid:
     """Compare methods on each of several datasets: `petune.compare_datasets(methods=…, datasets=("a", "b"))`.

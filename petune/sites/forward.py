@@ -22,7 +22,7 @@ from petune.sites.unsuitable import advice_for
 
 LOG = logging.getLogger(__name__)
 
-Watch = Callable[[], contextlib.AbstractContextManager[Any]]
+Recorder = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def forward_of(model: nn.Module, inputs: Inputs) -> Any:
@@ -31,7 +31,7 @@ def forward_of(model: nn.Module, inputs: Inputs) -> Any:
         return inputs.to(device_of(model), dtype_of(model)).call(model)
 
 
-def dry_forward(model: nn.Module, spec: InputSpec, watch: Watch = contextlib.nullcontext) -> Any:
+def dry_forward(model: nn.Module, spec: InputSpec, watch: Recorder = contextlib.nullcontext) -> Any:
     """Run one no-grad forward in eval mode, for its shapes alone, and return what `watch` yielded during it.
 
     The forward runs on the meta device (shapes without numbers: milliseconds, no copy of weights). If that fails,
@@ -62,7 +62,7 @@ def dry_forward(model: nn.Module, spec: InputSpec, watch: Watch = contextlib.nul
         ) from error
 
 
-def _on_meta(model: nn.Module, spec: InputSpec, watch: Watch) -> Any:
+def _on_meta(model: nn.Module, spec: InputSpec, watch: Recorder) -> Any:
     inputs = meta_inputs(model, spec)
     with watch() as watched:
         functional_call(model, meta_tensors(model), inputs.args, dict(inputs.kwargs), tie_weights=False)
@@ -97,7 +97,7 @@ def _like_on_meta(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # a quantized weight counts as a plain one
 
 
-def _on_black_image(model: nn.Module, spec: InputSpec, watch: Watch) -> Any:
+def _on_black_image(model: nn.Module, spec: InputSpec, watch: Recorder) -> Any:
     with watch() as watched:
         black_image(model, spec).call(model)
     return watched

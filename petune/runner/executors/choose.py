@@ -9,7 +9,7 @@ from petune.base.config import shown
 from petune.base.distributed import num_processes
 from petune.base.errors import UnknownName, UsageError
 from petune.injector.registry import parse_method
-from petune.runner.executors.executor import Executor, Outcome, Wanted, Watch, serial
+from petune.runner.executors.executor import Executor, Outcome, Wanted, WatchWork, serial
 from petune.runner.run_config import RunConfig
 
 EXECUTORS = ("serial", "local", "ray", "slurm")
@@ -20,7 +20,7 @@ def run_all(
     executor: str | Executor = "serial",
     *,
     wanted: Wanted = lambda config: True,
-    watch: Watch = lambda event: None,
+    watch: WatchWork = lambda event: None,
 ) -> list[Outcome | None]:
     """Do many runs and return their results in order; None for a run that was not wanted.
 

@@ -69,7 +69,7 @@ class FromRun:
 
 
 Outcome = RunResult | Failure
-Watch = Callable[[Event | Started | FromRun], None]
+WatchWork = Callable[[Event | Started | FromRun], None]
 Wanted = Callable[[RunConfig], bool]
 
 
@@ -108,7 +108,7 @@ class Executor(Protocol):
     """
 
     def __call__(
-        self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
+        self, configs: Sequence[RunConfig], wanted: Wanted, watch: WatchWork, work: Work = RUN
     ) -> Iterator[tuple[int, Any]]:
         """Do all `configs` and yield for each what `work` returned, or a Failure.
 
@@ -124,7 +124,9 @@ class Executor(Protocol):
         """
 
 
-def serial(configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN) -> Iterator[tuple[int, Any]]:
+def serial(
+    configs: Sequence[RunConfig], wanted: Wanted, watch: WatchWork, work: Work = RUN
+) -> Iterator[tuple[int, Any]]:
     """Do one run after the other in this process."""
     for index, config in enumerate(configs):
         if wanted(config):

@@ -18,7 +18,7 @@ from petune.runner.executors.executor import (
     FromRun,
     Started,
     Wanted,
-    Watch,
+    WatchWork,
     Work,
     read_finished,
 )
@@ -70,7 +70,7 @@ class LocalExecutor:
         self.threads = options.threads or cores // options.jobs
 
     def __call__(
-        self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
+        self, configs: Sequence[RunConfig], wanted: Wanted, watch: WatchWork, work: Work = RUN
     ) -> Iterator[tuple[int, Any]]:
         """Do the runs, at most `jobs` at the same time, and yield their results."""
         finished = read_finished(configs, work)
@@ -115,7 +115,7 @@ class _Room:
         watch: Told once that fewer runs than wanted fit.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: WatchWork) -> None:
         self.watch = watch
         self.processes: dict[int, Process] = {}
         self.has_stepped: set[int] = set()

@@ -14,7 +14,7 @@ from pydantic import Field
 from petune.base.config import Config
 from petune.base.errors import MissingExtra, Stopped, UsageError
 from petune.base.text import plural
-from petune.runner.executors.executor import RUN, Failure, Wanted, Watch, Work, read_finished
+from petune.runner.executors.executor import RUN, Failure, Wanted, WatchWork, Work, read_finished
 from petune.runner.executors.worker import WorkerJob, read_answer
 from petune.runner.run_config import RunConfig
 from petune.training.events import Note
@@ -66,7 +66,7 @@ class RayExecutor:
         self._connection = None
 
     def __call__(
-        self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
+        self, configs: Sequence[RunConfig], wanted: Wanted, watch: WatchWork, work: Work = RUN
     ) -> Iterator[tuple[int, Any]]:
         """Submit all runs to the cluster and yield their results."""
         finished = read_finished(configs, work)
@@ -95,7 +95,7 @@ class RayExecutor:
         return True
 
     def _results(
-        self, configs: Mapping[int, RunConfig], stop: StopFlag, watch: Watch, work: Work
+        self, configs: Mapping[int, RunConfig], stop: StopFlag, watch: WatchWork, work: Work
     ) -> Iterator[tuple[int, Any]]:
         ray = _ray()
         indices = {self._submit(config, work): index for index, config in configs.items()}

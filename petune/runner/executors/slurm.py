@@ -14,7 +14,7 @@ from pydantic import Field
 from petune.base.config import Config
 from petune.base.errors import MissingExtra, UsageError
 from petune.base.text import plural
-from petune.runner.executors.executor import RUN, Failure, Wanted, Watch, Work, read_finished
+from petune.runner.executors.executor import RUN, Failure, Wanted, WatchWork, Work, read_finished
 from petune.runner.executors.worker import WorkerJob, read_answer
 from petune.runner.run_config import RunConfig
 from petune.training.events import Note
@@ -61,7 +61,7 @@ class SlurmExecutor:
         self.options = options
 
     def __call__(
-        self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
+        self, configs: Sequence[RunConfig], wanted: Wanted, watch: WatchWork, work: Work = RUN
     ) -> Iterator[tuple[int, Any]]:
         """Submit the runs, at most `max_jobs` at the same time, and yield their results."""
         finished = read_finished(configs, work)

@@ -13,7 +13,7 @@ from petune.backbones.quantize import check_base_precision
 from petune.base.arguments import check_watch
 from petune.base.errors import ConfigError, PetuneError, UsageError
 from petune.base.files import replace_file
-from petune.runner.events import RunEvent, RunStarted, Watch
+from petune.runner.events import RunEvent, RunStarted, WatchRuns
 from petune.runner.executors import Executor, Failure, FromRun, Started, choose_executor, serial
 from petune.runner.file_names import SWEEP_TABLE
 from petune.runner.result import RunResult
@@ -41,7 +41,7 @@ def sweep(
     config: SweepConfig | None = None,
     *,
     executor: str | Executor = "serial",
-    watch: Watch = lambda event: None,
+    watch: WatchRuns = lambda event: None,
     **fields: Any,
 ) -> Sweep:
     """Try parameters, choose on val, test the best: `petune.sweep(search={"bottleneck": [8, 64]}, run={…})`.
@@ -107,7 +107,7 @@ class _Search:
         CheckpointError: The table is damaged.
     """
 
-    def __init__(self, sweep_dir: Path, config: SweepConfig, executor: Executor, watch: Watch) -> None:
+    def __init__(self, sweep_dir: Path, config: SweepConfig, executor: Executor, watch: WatchRuns) -> None:
         self.sweep_dir = sweep_dir
         self.executor = executor
         self.watch = watch
