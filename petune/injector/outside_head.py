@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence, Set
 from torch import nn
 
 from petune.sites.named_heads import classifiers_of
+from petune.sites.norms import is_norm_module
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites, is_within, modules_of
-from petune.sites.trace import is_vector
 from petune.sites.used_parameters import parameters_after
 
 
@@ -86,7 +86,7 @@ def _stages(model: nn.Module, sites: Sites) -> list[nn.Module]:
 
 def _norms_of_tokens(model: nn.Module, sites: Sites, parameters: Set[int]) -> Sequence[nn.Module]:
     """Return the norms among some parameters but those of pooled features, after the final norm."""
-    norms = [m for m in model.modules() if _is_norm(m) and any(id(p) in parameters for p in m.parameters())]
+    norms = [m for m in model.modules() if is_norm_module(m) and any(id(p) in parameters for p in m.parameters())]
     finals = [tower.norm.enter for tower in sites.towers if tower.norm is not None]
     if not norms or not finals:
         return norms
@@ -98,11 +98,6 @@ def _norms_of_tokens(model: nn.Module, sites: Sites, parameters: Set[int]) -> Se
         return call is not None and call.start > end > 0 and call.output is not None and call.output.ndim == 2
 
     return [norm for norm in norms if not is_of_features(norm)]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    own = [*module.parameters(recurse=False)]
-    return hasattr(module, "eps") and bool(own) and all(map(is_vector, own))
 
 
 def _largest(module: nn.Module, path: str, parameters: Set[int]) -> Iterator[str]:

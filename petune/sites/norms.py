@@ -12,11 +12,21 @@ from petune.sites.trace import Call, Trace, is_vector
 
 def is_norm(call: Call) -> bool:
     """Return whether a call is a leaf without a matrix that keeps the shape and normalizes, or has an `eps`."""
-    guarded = hasattr(call.module, "eps") or hasattr(call.module, "variance_epsilon")
+    guarded = _has_epsilon(call.module)
     same = call.input is not None and call.output is not None and call.input.shape == call.output.shape
     if not (call.is_leaf and same and (guarded or call.normalizes)):
         return False
     return not call.has_matrix and all(map(is_vector, call.module.parameters()))
+
+
+def is_norm_module(module: nn.Module) -> bool:
+    """Return whether a module looks like a norm, without a call of it: it has an `eps` and scales by vectors."""
+    own = [*module.parameters(recurse=False)]
+    return _has_epsilon(module) and bool(own) and all(map(is_vector, own))
+
+
+def _has_epsilon(module: nn.Module) -> bool:
+    return hasattr(module, "eps") or hasattr(module, "variance_epsilon")
 
 
 def has_channels_second(call: Call) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,33 @@ def test_layers_before_the_classifier_are_named_and_may_belong_to_it(tmp_path: P
     assert torch.equal(other(X), model(X))
     with pytest.raises(AttachError, match="head='hed'"):
         petune.find_sites(model, head="hed")
+
+
+class RMSNorm(nn.Module):
+    """As Llama's in transformers, whose epsilon has another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(24)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(24), RMSNorm])
+def test_a_norm_of_tokens_before_the_classifier_counts_as_the_backbones(norm: Callable[[], nn.Module]) -> None:
+    class Normed(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = norm(), nn.LayerNorm(24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.backbone.forward_features(x)
+            return self.head((self.first(tokens) + self.last(tokens)).mean(1))
+
+    with pytest.warns(UserWarning, match=r"head\.2\. Further layers") as caught:
+        petune.attach(Normed(), "adaptformer", head="head.2", input_size=(3, 16, 16))
+    assert not any("first" in str(warning.message) for warning in caught if "Further layers" in str(warning.message))
 
 
 def test_a_part_and_its_whole_are_not_both_attached_to() -> None:
