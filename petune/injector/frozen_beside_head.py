@@ -126,7 +126,8 @@ def warn_of_further_norms(attachment: Attachment) -> None:
     trained = {id(p) for p in attachment.tuned.values()}
     placed = {passed[-1].exit for _, passed in log.placed}
     acts = not norms.isdisjoint(placed) or any(id(p) in trained for m in norms for p in m.parameters())
-    left = [path for path in sites.further_norms if not any(is_within(key, path) for key in attachment.tuned)]
+    further = [norm for tower in sites.towers for norm in tower.further_norms if norm.enter not in placed]
+    left = [norm.path for norm in further if not any(is_within(key, norm.path) for key in attachment.tuned)]
     if acts and left and sites.chosen_from is None and not _is_told.get():
         warnings.warn(
             f"{attachment.name} leaves norms after the last block of {sites.model} as they are: {', '.join(left)}. To "

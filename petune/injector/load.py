@@ -342,7 +342,7 @@ def _frozen_when_saved(attachment: Attachment, saved: SavedAdapter) -> set[str]:
 
     The fingerprint proves it: it covers tensors that were frozen, so a file that lost some is refused.
     """
-    norms = [tower.norm for tower in attachment.sites.towers if tower.norm is not None]
+    norms = [norm for tower in attachment.sites.towers for norm in tower.norms]
     if not norms or not (saved.config["fingerprint"] or saved.config.get("named_fingerprint")):
         return set()
     in_norm = {id(p) for norm in norms for module in norm.modules for p in module.parameters()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
@@ -205,10 +205,27 @@ class Tower:
         blocks: From input to output. Blocks that several towers share, such as the encoder of two decoders, are in
             each.
         norm: The final norm; None without one.
+        further_norms: Other norms between blocks and heads; see `norms`.
     """
 
     blocks: tuple[Block, ...]
     norm: Site | None
+    further_norms: tuple[Site, ...] = ()
+
+    @property
+    def norms(self) -> tuple[Site, ...]:
+        """All norms of tokens between blocks and heads, which no block reads.
+
+        Most towers have one. A model may have several in a row, one for its class token and another for its patches,
+        or one after each block whose features a head reads.
+        """
+        return (*self.further_norms, *(() if self.norm is None else (self.norm,)))
+
+    def within(self, where: str) -> Tower:
+        """Return the tower without those of its norms that are not inside the module at the path `where`."""
+        norm = self.norm if self.norm is not None and is_within(self.norm.path, where) else None
+        further = tuple(other for other in self.further_norms if is_within(other.path, where))
+        return replace(self, norm=norm, further_norms=further)
 
 
 def is_within(path: str, parent: str) -> bool:

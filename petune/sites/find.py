@@ -17,13 +17,13 @@ from petune.sites.blocks import find_blocks
 from petune.sites.chosen_head import HeadChoice
 from petune.sites.encoder import end_of
 from petune.sites.example import spec_of_example
+from petune.sites.further_norms import norms_to_heads, with_effect
 from petune.sites.grid import Grid, grid_and_prefix
 from petune.sites.input_size import input_sizes_of
 from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import IMAGES, make_site
 from petune.sites.norms import is_norm
 from petune.sites.outside_blocks import layers_outside_blocks
-from petune.sites.parallel_norms import norms_at_end, with_effect
 from petune.sites.parts import addition_to
 from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites, Tower, is_within
@@ -135,11 +135,13 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
     others = layers_outside_blocks(trace, blocks, head) if blocks else {}
     calls = _without(trace, others)
     norms = [_used(model, norm, spec) for norm in _final_norms(trace, rows, head, calls)] if blocks else []
-    further: tuple[str, ...] = ()
-    if len(norms) == 1:
-        norms[0], further = _of_parallel(model, trace, spec, norms[0], norms_at_end(trace, rows[0][-1], head, calls))
+    further: list[tuple[Site, ...]] = []
+    if blocks:
+        found = norms_to_heads(trace, blocks, head, calls)
+        norms, further = _with_further(model, trace, spec, rows, norms, found)
     several = len(rows) > 1
-    towers = [Tower(blocks=tuple(row), norm=norm) for row, norm in zip(rows, norms, strict=True)] if several else []
+    ends = zip(rows, norms, further, strict=True) if several else ()
+    towers = [Tower(blocks=tuple(row), norm=norm, further_norms=others) for row, norm, others in ends]
     norm = norms[0] if len(norms) == 1 else None
     parts = (_patch_embed(trace, first, grid), norm, head)
     return Sites(
@@ -149,7 +151,7 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
         parts={part.role: part for part in parts if part is not None},
         beside_head=heads.beside,
         outside_blocks=others,
-        further_norms=further,
+        further_norms=further[0] if len(further) == 1 else (),
         num_prefix_tokens=num_prefix_tokens,
         embed_dim=blocks[-1].dim if blocks else 0,
         grid_size=grid,
@@ -174,26 +176,35 @@ def _without(trace: Trace, others: Iterable[str]) -> list[Call]:
     return [c for c in trace.calls if id(c) not in inside or opens(c)]
 
 
-def _of_parallel(
-    model: nn.Module, trace: Trace, spec: InputSpec, norm: Site | None, norms: Sequence[Call]
-) -> tuple[Site | None, tuple[str, ...]]:
-    """Return the final norm, or another one next to it if no output reads it, and paths of further ones that are read.
+def _with_further(
+    model: nn.Module,
+    trace: Trace,
+    spec: InputSpec,
+    rows: Sequence[Sequence[Block]],
+    norms: list[Site | None],
+    found: Sequence[tuple[Call, set[int]]],
+) -> tuple[list[Site | None], list[tuple[Site, ...]]]:
+    """Return the final norm of each tower, or another one if no output reads it, and the further ones that are read.
 
     Args:
         model: The model.
         trace: Its forward.
         spec: What it takes.
-        norm: The final norm, None if one of several heads reads the blocks themselves.
-        norms: Those that read the last block.
+        rows: The blocks of each tower.
+        norms: The final norms; None if one of several heads reads the blocks themselves.
+        found: See `norms_to_heads`.
     """
-    if not norms or (len(norms) == 1 and norm is not None):
-        return norm, ()
-    read = {*with_effect(model, spec, [c.module for c in norms])}
-    live = [c for c in norms if c.module in read]
-    is_idle = norm is not None and any(c.module is norm.enter for c in norms) and norm.enter not in read
-    if is_idle and live:
-        norm = _norm_site(trace, live[-1])
-    return norm, tuple(c.path for c in live if norm is None or c.module is not norm.enter)
+    known = {norm.enter for norm in norms if norm is not None}
+    if all(call.module in known for call, _ in found):
+        return norms, [() for _ in rows]
+    read = {*with_effect(model, spec, [call.module for call, _ in found])}
+    live = [(_norm_site(trace, call), blocks) for call, blocks in found if call.module in read]
+    is_idle = any(call.module in known for call, _ in found) and known.isdisjoint(read)
+    if len(rows) == 1 and is_idle and live:
+        norms = [live[-1][0]]
+    known = {norm.enter for norm in norms if norm is not None}
+    others = [(site, blocks) for site, blocks in live if site.enter not in known]
+    return norms, [tuple(site for site, blocks in others if blocks <= {b.index for b in row}) for row in rows]
 
 
 def _used(model: nn.Module, norm: Site | None, spec: InputSpec) -> Site | None:

@@ -43,7 +43,7 @@ class Sites:
             backbone.
         outside_blocks: Paths of attentions and MLPs that are in no block and no head, each with the index of the last
             block that begins before its last call.
-        further_norms: Paths of norms of the last block's tokens that are not `norm`, such as one that some heads read.
+        further_norms: Norms between blocks and heads that are not `norm`; see `Tower.norms`.
         chosen_head: Paths of the heads that `find_sites` was given; None if it found the heads itself.
         all_blocks: The model's blocks, also those that were left out by `only` or `dataclasses.replace(sites,
             blocks=…)`.
@@ -64,7 +64,7 @@ class Sites:
     grid_size: tuple[int, ...] | None
     beside_head: tuple[str, ...] = ()
     outside_blocks: Mapping[str, int] = field(default_factory=dict)
-    further_norms: tuple[str, ...] = ()
+    further_norms: tuple[Site, ...] = ()
     chosen_head: tuple[str, ...] | None = None
     all_blocks: tuple[Block, ...] = ()
     within: str = ""
@@ -85,7 +85,7 @@ class Sites:
         Most models have one: all blocks and `norm`. A model with several, such as CLIP's image and text, has no `norm`.
         """
         if not self.all_towers:
-            return (Tower(blocks=self.blocks, norm=self.parts.get("norm")),)
+            return (Tower(blocks=self.blocks, norm=self.parts.get("norm"), further_norms=self.further_norms),)
         chosen = {id(block.enter) for block in self.blocks}
         kept = (replace(t, blocks=tuple(b for b in t.blocks if id(b.enter) in chosen)) for t in self.all_towers)
         return tuple(tower for tower in kept if tower.blocks)
@@ -122,9 +122,11 @@ class Sites:
                 f"{self.model} has no block inside {where!r}. Its blocks are in: {', '.join(parents) or 'none'}"
             )
         parts = {role: s for role, s in self.parts.items() if role == "head" or is_within(s.path, where)}
-        outside = {id(t.norm) for t in self.all_towers if t.norm is not None and not is_within(t.norm.path, where)}
-        towers = tuple(replace(t, norm=None) if id(t.norm) in outside else t for t in self.all_towers)
-        return replace(self, blocks=kept, parts=parts, within=where, chosen_from=None, all_towers=towers)
+        towers = tuple(tower.within(where) for tower in self.all_towers)
+        norms = tuple(norm for norm in self.further_norms if is_within(norm.path, where))
+        return replace(
+            self, blocks=kept, parts=parts, within=where, chosen_from=None, all_towers=towers, further_norms=norms
+        )
 
     def choose(self, blocks: str | Sequence[int]) -> Sites:
         """Return these sites with the blocks that a method's option `blocks` chooses; `in:PATH` is `only(PATH)`.
@@ -273,5 +275,5 @@ class Sites:
         for block in self.blocks:
             rows.append((f"block {block.index}", block))
             rows += [(f"  {role}", block.parts.get(role)) for role in ROLES]
-        norms = list(dict.fromkeys(tower.norm for tower in self.towers)) or [None]
+        norms = list(dict.fromkeys(norm for tower in self.towers for norm in tower.norms)) or [None]
         return [*rows, *(("norm", norm) for norm in norms), ("head", self.parts.get("head"))]

@@ -33,7 +33,8 @@ class Partial(petune.Tuner[PartialConfig]):
 
     Trains: the last k blocks and the final norm; they are in train mode. Every block trains if there are fewer than k.
     The blocks before are frozen, so the backward pass ends at block L - k. `blocks=first:2` trains those instead. In a
-    model of several towers, such as CLIP's image and text, these are the last k blocks and the final norm of each.
+    model of several towers, such as CLIP's image and text, these are the last k blocks and the final norm of each. If
+    several norms are between blocks and heads, such as two in a row or one after each block, all of them train.
     Parameters: 12·D² + 13·D per block with an MLP of 4·D, and 2·D for the norm. ViT-B/16, k = 1: 7,089,408.
     """
 
@@ -46,5 +47,5 @@ class Partial(petune.Tuner[PartialConfig]):
             first = -self.config.num_blocks if self.config.blocks == "all" else 0
             for block in tower.blocks[first:]:
                 edit.train(block)
-            if tower.norm is not None:
-                edit.train(tower.norm)
+            for norm in tower.norms:
+                edit.train(norm)

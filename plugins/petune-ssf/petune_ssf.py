@@ -54,7 +54,8 @@ class SSF(petune.Tuner[SSFConfig]):
     Differs from the paper: the patch embedding is not scaled (2·D more there). The authors' code also scales inside
     Swin's PatchMerging, between the stages; γ and β after its norm and its linear layer would be 12·D more for each
     (Swin-T: 8,064). Where a model averages its tokens before the last norm (timm's `fc_norm`), they scale before the
-    average, and here the norm's output is scaled, after it: 2·D either way.
+    average, and here the norm's output is scaled, after it: 2·D either way. Where several norms are between blocks and
+    heads, such as two in a row or one after each block, γ and β follow each.
 
     Left as they are, with a warning: linear layers that the model reads without calling them (`out_proj` of torch's
     `nn.MultiheadAttention`, and its fused q, k and v), convolutions, and norms other than those before attention and
@@ -76,7 +77,7 @@ class SSF(petune.Tuner[SSFConfig]):
             for norm in block.norms:
                 edit.after(norm, ScaleShift(norm.dim, self.config.init_std))
                 scaled.add(norm.module)
-        for final in dict.fromkeys(tower.norm for tower in edit.sites.towers if tower.norm is not None):
+        for final in dict.fromkeys(norm for tower in edit.sites.towers for norm in tower.norms):
             edit.after(final, ScaleShift(final.dim, self.config.init_std))
         inside = {m for block in blocks for own in block.own_modules for m in own.modules()}
         weighted = [m for m in edit.backbone() if m in inside and getattr(m, "weight", None) is not None]

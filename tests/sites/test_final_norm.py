@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -169,10 +171,56 @@ def test_of_two_norms_the_one_that_the_logits_read_is_the_final_norm() -> None:
 
 
 @pytest.mark.parametrize("last_norm", [True, False])
-def test_a_norm_before_one_of_several_heads_is_named(last_norm: bool) -> None:
+def test_a_norm_before_one_of_several_heads_is_covered(last_norm: bool) -> None:
     model = TwoNorms(for_patches=True, last_norm=last_norm).eval()
-    with pytest.warns(UserWarning, match=r"partial leaves norms .* as they are: first\."):
-        att = petune.attach(model, "partial")
+    att = petune.attach(model, "partial")
     assert att.sites.parts.keys() & {"norm"} == ({"norm"} if last_norm else set())
-    att.detach()
-    petune.attach(model, "adaptformer", bottleneck=2)  # edits no norm, so it names none
+    norms = {"first", *(["patches"] if last_norm else [])}
+    assert {key.partition(".")[0] for key in att.tuned} == {"block", *norms}
+
+
+class Ends(nn.Module):
+    """Blocks of width 8, and norms between them and the head: so many in a row, or one after each block."""
+
+    image_size = 16
+
+    def __init__(self, in_a_row: int, depth: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=True) for _ in range(depth)
+        )
+        self.in_a_row = in_a_row
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(in_a_row or depth))
+        self.head = nn.Linear(8 if in_a_row else 8 * depth, 3)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BND = self.stem(x_BCHW).flatten(2).mT
+        rows = []
+        for index, block in enumerate(self.blocks):
+            x_BND = block(x_BND)
+            rows += [] if self.in_a_row else [self.norms[index](x_BND)[:, 0]]
+        for norm in self.norms if self.in_a_row else ():
+            x_BND = norm(nn.functional.dropout(x_BND, 0.1, self.training))
+        return self.head(x_BND[:, 0] if self.in_a_row else torch.cat(rows, 1))
+
+
+@pytest.mark.filterwarnings("ignore:ssf leaves")  # torch's fused attention
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("in_a_row", [0, 2, 3])
+def test_all_norms_between_blocks_and_head_are_covered(in_a_row: int, depth: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Ends(in_a_row, depth).eval()
+    fresh, norms = copy.deepcopy(model), [f"norms.{i}" for i in range(in_a_row or depth)]
+    assert [norm.path for norm in petune.find_sites(model).towers[0].norms] == norms
+    for method in ("partial", "norm", "ssf", "peft:ln_tuning"):
+        att = petune.attach(model, method)
+        holders = {key.partition(".petune")[0] for key in att.tuned if key.startswith("norms")}
+        is_in_place = method in {"partial", "norm"}
+        assert len(holders) == len(norms) * (2 if is_in_place else 1), method
+        att.save(tmp_path / att.name)
+        loaded = petune.load(fresh, tmp_path / att.name)
+        assert torch.equal(fresh(torch.ones(1, 3, 16, 16)), model(torch.ones(1, 3, 16, 16)))
+        loaded.detach()
+        att.detach()
