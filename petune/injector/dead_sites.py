@@ -25,7 +25,7 @@ from petune.sites.recorder import record_calls
 from petune.sites.returned import tensors_returned
 from petune.sites.routed import routed_modules, unchosen_modules
 from petune.sites.site import Block, Sites, is_within, modules_of
-from petune.sites.undisturbed import undisturbed
+from petune.sites.undisturbed import undisturbed, without_adapters
 from petune.sites.used_parameters import leaves_of, reached_on_meta
 
 LOG = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ def _name_unchosen(attachment: Attachment, graph: _Graph | None, is_partly_calle
     model, sites, leaves = attachment.model, attachment.sites, None if graph is None else graph.leaves
     if not is_partly_called and (leaves is None or all(id(p) in leaves for p in attachment.tuned.values())):
         return
-    unchosen = unchosen_modules(model, sites.input_spec, sites.block_modules())
+    with without_adapters(model):  # else a method that is no identity at the start would reach other experts
+        unchosen = unchosen_modules(model, sites.input_spec, sites.block_modules())
     trained = {id(p) for p in attachment.tuned.values()}
     within = {path for path, m in model.named_modules() if m in unchosen and trained & {id(p) for p in m.parameters()}}
     where = sorted(path for path in within if path.rpartition(".")[0] not in within)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites, Tower, is_within
 from petune.sites.towers import calls_after, last_calls, rows_of
 from petune.sites.trace import Call, Trace
+from petune.sites.undisturbed import without_adapters
 from petune.sites.unsuitable import refuse_packed, refuse_scripted, refuse_uninitialized, why_all_in_head, why_no_blocks
 from petune.sites.used_parameters import used_parameters
 
@@ -90,24 +91,9 @@ def _found(model: nn.Module, specs: Callable[[], list[InputSpec]], head: HeadCho
     """
     refuse_scripted(model)
     refuse_uninitialized(model)
-    added = {m for holder in model.modules() if hasattr(holder, "is_petune_module") for m in holder.modules()}
-    with _disabled(added):
+    with without_adapters(model) as added:
         trace, spec = _first_that_runs(model, specs(), added)
         return _sites(model, trace, spec, head)
-
-
-@contextlib.contextmanager
-def _disabled(added: set[nn.Module]) -> Iterator[None]:
-    """Disable the adapters of all attachments."""
-    holders: list[Any] = [m for m in added if hasattr(m, "enabled")]
-    enabled = [holder.enabled for holder in holders]
-    try:
-        for holder in holders:
-            holder.enabled = False
-        yield
-    finally:
-        for holder, state in zip(holders, enabled, strict=True):
-            holder.enabled = state
 
 
 def _first_that_runs(model: nn.Module, specs: list[InputSpec], added: set[nn.Module]) -> tuple[Trace, InputSpec]:

@@ -148,3 +148,18 @@ def _refill(container: Container, entries: list[Any]) -> None:
         container.update(entries)
     else:
         container.extend(entries)
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """Disable the adapters of all attachments; yield their modules."""
+    added = {m for holder in model.modules() if hasattr(holder, "is_petune_module") for m in holder.modules()}
+    holders: list[Any] = [m for m in added if hasattr(m, "enabled")]
+    enabled = [holder.enabled for holder in holders]
+    try:
+        for holder in holders:
+            holder.enabled = False
+        yield added
+    finally:
+        for holder, state in zip(holders, enabled, strict=True):
+            holder.enabled = state

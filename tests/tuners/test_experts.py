@@ -111,3 +111,33 @@ class Overlooked(Experts):
 
 def test_the_check_of_a_method_asks_for_no_gradient_in_experts_without_tokens() -> None:
     assert "gradients" in petune.check_tuner("lora", with_mlps(Overlooked), r=2)
+
+
+class Tilt(nn.Module):
+    """Sends all tokens to the first expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(1e4 * torch.eye(6)[0])
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.shift
+
+
+class Tilting(petune.Tuner[petune.TunerConfig]):
+    """Trains the experts, and changes from the start which ones the router chooses."""
+
+    recipe = petune.Recipe(lr=1e-3, weight_decay=0.0)
+    identity_at_init = False
+
+    def attach(self, edit: petune.Edit) -> None:
+        for block in edit.model.blocks:
+            edit.after(edit.site(block.mlp.gate, 6), Tilt())
+            edit.train(block.mlp.experts.parameters())
+
+
+@pytest.mark.parametrize("method", ["bitfit", "full", "partial", Tilting(petune.TunerConfig())])
+def test_the_same_experts_are_named_whatever_a_method_does_at_the_start(method: str | Tilting) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the router chooses, so that it may choose all
+        petune.attach(with_mlps(Overlooked), method)
