@@ -44,9 +44,19 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
         is_alike = attention.is_single and _kind(found[1]) in kinds  # the last stage may have a single token left
         if attention.many_queries or is_alike or _is_complete(attention, found[1]):
             blocks.setdefault(id(found[1].enter), found)
-    ordered = [block for _, block in sorted(blocks.values(), key=lambda found: found[0])]
+    ordered = _without_last_attentions([block for _, block in sorted(blocks.values(), key=lambda found: found[0])])
     described = with_split_mlps(trace, [with_branches(trace, block, attentions) for block in ordered])
     return with_own_modules(trace, [replace(block, index=index) for index, block in enumerate(described)])
+
+
+def _without_last_attentions(blocks: list[Block]) -> list[Block]:
+    """Leave out attentions without an MLP after the last block with one, unless such a block is of the same class.
+
+    They follow the encoder, such as one after the final norm, and `layers_outside_blocks` names them.
+    """
+    whole = [index for index, block in enumerate(blocks) if block.parts]
+    kinds = {_kind(blocks[index]) for index in whole}
+    return [block for i, block in enumerate(blocks) if not whole or i <= whole[-1] or _kind(block) in kinds]
 
 
 def _kind(block: Block) -> tuple[type, type]:

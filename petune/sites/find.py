@@ -120,7 +120,8 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
     rows = rows_of(trace, blocks)
     others = layers_outside_blocks(trace, blocks, head) if blocks else {}
     calls = _without(trace, others)
-    norms = [_used(model, norm, spec) for norm in _final_norms(trace, rows, head, calls)] if blocks else []
+    of_stream = _without_branch_norms(trace, calls, others)
+    norms = [_used(model, norm, spec) for norm in _final_norms(trace, rows, head, of_stream)] if blocks else []
     further: list[tuple[Site, ...]] = []
     if blocks:
         found = norms_to_heads(trace, blocks, head, calls)
@@ -160,6 +161,14 @@ def _without(trace: Trace, others: Iterable[str]) -> list[Call]:
         return is_norm(norm) and is_first and x is not None and addition_to(trace, x, norm.stop) is None
 
     return [c for c in trace.calls if id(c) not in inside or opens(c)]
+
+
+def _without_branch_norms(trace: Trace, calls: Sequence[Call], others: Iterable[str]) -> list[Call]:
+    """Return calls without the norms of branches: those that enter one of some modules, while an addition skips both."""
+    paths = {*others}
+    before = [trace.maker(c.input) for c in trace.calls if c.path in paths]
+    branch = {id(c) for c in before if c and is_norm(c) and c.input is not None and addition_to(trace, c.input, c.stop)}
+    return [c for c in calls if id(c) not in branch]
 
 
 def _with_further(

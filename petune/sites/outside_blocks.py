@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from petune.sites.attentions import find_attentions
-from petune.sites.encoder import end_of, start_of
+from petune.sites.attentions import Attention, find_attentions
+from petune.sites.encoder import attends_to_others, end_of, start_of
 from petune.sites.parts import Mlp, num_matrices
 from petune.sites.site import Block, Site, modules_in, modules_of
 from petune.sites.trace import Call, Trace
@@ -14,8 +14,8 @@ from petune.sites.trace import Call, Trace
 def layers_outside_blocks(trace: Trace, blocks: Sequence[Block], head: Site | None) -> dict[str, int]:
     """Return the layers between blocks, or after them in the encoder, that mix tokens or are an MLP for them.
 
-    Such as cross-attention between two towers, which is in neither, and blocks that petune cannot tell from other code.
-    What pools the tokens after the encoder is none, and neither are convolutions.
+    Such as cross-attention between two towers, which is in neither, self-attention after the final norm, and blocks that
+    petune cannot tell from other code. What pools the tokens after the encoder is none, and neither are convolutions.
 
     Returns:
         The paths of the largest modules without a block, each with the index of the last block that begins before
@@ -29,10 +29,12 @@ def layers_outside_blocks(trace: Trace, blocks: Sequence[Block], head: Site | No
     bounds = {id(m) for block in blocks for m in block.modules}
     of_blocks = [c for c in trace.calls if id(c.module) in bounds]
     first, end = start_of(trace, blocks), _end_of_encoder(trace, blocks, of_blocks)
-    attentions = {id(a.call) for a in find_attentions(trace)}
+    attentions = {id(a.call): a for a in find_attentions(trace)}
     found: dict[str, int] = {}
     for call in trace.calls:
-        if first < call.start < end and id(call.module) not in inside and (id(call) in attentions or _is_mlp(call)):
+        is_inside = call.start < end or _mixes_tokens(attentions.get(id(call)))
+        is_layer = id(call) in attentions or _is_mlp(call)
+        if first < call.start and is_inside and id(call.module) not in inside and is_layer:
             around = _largest_without(call, of_blocks)
             if around is not None:
                 found[around.path] = max(index for start, index in begun if start < around.start)
@@ -44,6 +46,13 @@ def _end_of_encoder(trace: Trace, blocks: Sequence[Block], of_blocks: Sequence[C
     around = (c for c in of_blocks[-1].ancestors() if all(other.within(c) for other in of_blocks))
     encoder = next(around, trace.root) if of_blocks else trace.root
     return end_of(trace, blocks) if encoder is trace.root else encoder.stop
+
+
+def _mixes_tokens(attention: Attention | None) -> bool:
+    """Return whether an attention is from tokens to the same tokens: it does not pool them."""
+    if attention is None or not attention.many_queries:
+        return False
+    return attention.call.keeps_shape and not attends_to_others(attention.call)
 
 
 def _is_mlp(call: Call) -> bool:

@@ -94,6 +94,32 @@ def test_mlps_that_are_in_no_block_are_named() -> None:
     assert att.sites.norm.path == "norm"  # and not that inside of the last MLP
 
 
+class Late(Vit):
+    """Self-attention with a norm of its own after the final norm; without an MLP it is no block."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(block(), block()))
+        self.pre, self.late = nn.LayerNorm(D), nn.MultiheadAttention(D, 2, batch_first=True)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.trunk(self.stem(x).flatten(2).mT))
+        y = self.pre(x)
+        return self.head((x + self.late(y, y, y, need_weights=False)[0])[:, 0])
+
+
+@pytest.mark.parametrize("method", ["partial", "adaptformer:bottleneck=2"])
+def test_attention_after_the_final_norm_is_named_and_the_norm_is_found(method: str) -> None:
+    with pytest.warns(UserWarning, match=r"stay as they are: late\."):
+        att = petune.attach(Late().eval(), method)
+    assert len(att.sites.blocks) == 2
+    assert att.sites.norm.path == "norm"
+    if method == "partial":
+        assert {key.partition(".")[0] for key in att.tuned} == {"trunk", "norm", "pre"}
+
+
 class Masks(nn.Module):
     """Queries attend to patches; each makes a mask by its product with features of the pixels."""
 
