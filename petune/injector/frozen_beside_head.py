@@ -121,12 +121,15 @@ def warn_of_layers_outside_blocks(attachment: Attachment) -> None:
 
 def warn_of_further_norms(attachment: Attachment) -> None:
     """Warn of norms after the last block, if a method acts on the norms of blocks and not on these."""
-    sites, log = attachment.sites, attachment.edit_log
-    norms = {norm.enter for block in sites.blocks for norm in block.norms}
-    trained = {id(p) for p in attachment.tuned.values()}
-    placed = {passed[-1].exit for _, passed in log.placed}
-    acts = not norms.isdisjoint(placed) or any(id(p) in trained for m in norms for p in m.parameters())
-    further = [norm for tower in sites.towers for norm in tower.further_norms if norm.enter not in placed]
+    sites = attachment.sites
+    norms = [norm for block in sites.blocks for norm in block.norms]
+    trained = {id(p) for p in attachment.edit_log.unfrozen}  # and not an adapter of the block that its norm holds
+    placed = [passed[-1] for _, passed in attachment.edit_log.placed]
+    acts = any(site is norm for site in placed for norm in norms) or any(
+        id(p) in trained for norm in norms for p in norm.enter.parameters()
+    )
+    reached = {site.exit for site in placed}
+    further = [norm for tower in sites.towers for norm in tower.further_norms if norm.enter not in reached]
     left = [norm.path for norm in further if not any(is_within(key, norm.path) for key in attachment.tuned)]
     if acts and left and sites.chosen_from is None and not _is_told.get():
         warnings.warn(

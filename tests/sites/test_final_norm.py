@@ -224,3 +224,19 @@ def test_all_norms_between_blocks_and_head_are_covered(in_a_row: int, depth: int
         assert torch.equal(fresh(torch.ones(1, 3, 16, 16)), model(torch.ones(1, 3, 16, 16)))
         loaded.detach()
         att.detach()
+
+
+class FinalNormOnly(petune.Tuner[petune.TunerConfig]):
+    """Trains the norms of blocks, and of those after them the last."""
+
+    recipe = petune.Recipe(lr=1e-3, weight_decay=0.0)
+
+    def attach(self, edit: petune.Edit) -> None:
+        for norm in (*(norm for block in edit.sites.blocks for norm in block.norms), edit.sites.norm):
+            edit.train(norm)
+
+
+def test_norms_that_a_method_leaves_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"leaves norms after the last block of Ends as they are: norms\.0\."):
+        petune.attach(Ends(in_a_row=2).eval(), FinalNormOnly(petune.TunerConfig()))
+    petune.attach(Ends(in_a_row=2, depth=1).eval(), "adaptformer", bottleneck=2)  # edits no norm, so it names none
