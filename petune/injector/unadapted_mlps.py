@@ -9,6 +9,8 @@ from torch import nn
 from petune.base.text import shortened
 from petune.injector.attachment import Attachment
 from petune.injector.hooks.base import After, Before
+from petune.injector.hooks.reading import Gather, Parallel
+from petune.injector.hooks.side import Side
 from petune.sites.site import Block, modules_in
 
 MAX_SHOWN = 4
@@ -36,15 +38,16 @@ def warn_of_unadapted_mlps(attachment: Attachment) -> None:
 
 
 def _acts_at_mlp(attachment: Attachment, block: Block) -> bool:
-    """Return whether an adapter acts at a block's MLP, its norm, the stream before it, or what leaves the block.
+    """Return whether an adapter acts at a block's MLP, its norm, the stream before it, or what enters or leaves the block.
 
-    What leaves a block are all its tokens, unless it returns several streams, of which its MLP has one.
+    These are all its tokens, unless the block has several streams, of which its MLP and an adapter have one.
     """
     placed = attachment.edit_log.placed
     own = [site for site in block.branches if site.role == "mlp"]
     around = {norm.enter for norm in block.norms if norm.role == "norm2"}
     is_a_stream = "mid" in block.parts
-    if is_a_stream and any(sites[-1] is block and isinstance(holder, After | Before) for holder, sites in placed):
+    of_streams = [sites for holder, sites in placed if isinstance(holder, After | Before | Gather | Parallel | Side)]
+    if is_a_stream and any(site is block for sites in of_streams for site in sites):
         return True
     return _acts_in(attachment, modules_in(own)) or not around.isdisjoint(_ends_of_placed(attachment))
 

@@ -114,6 +114,7 @@ def attached(block: type[Norms], method: str) -> tuple[petune.Attachment, list[s
         (Joint, "adaptformer"),
         (Joint, "pfeiffer"),
         (Joint, "pfeiffer:position=post"),
+        (Joint, "lst"),
     ],
 )
 def test_the_mlp_that_is_left_out_is_named_once(block: type[Norms], method: str) -> None:
@@ -124,7 +125,7 @@ def test_the_mlp_that_is_left_out_is_named_once(block: type[Norms], method: str)
     assert all(f"{path}.{name}" in named[0] for path in both for name in one)
 
 
-@pytest.mark.parametrize("method", ["bitfit", "norm", "partial", "lora:targets=attn", "pfeiffer:position=post"])
+@pytest.mark.parametrize("method", ["bitfit", "norm", "partial", "lst", "lora:targets=attn", "pfeiffer:position=post"])
 def test_methods_that_reach_all_tokens_do_not_warn(method: str) -> None:
     assert not [m for m in attached(OneRow, method)[1] if "several MLPs" in m]
 
