@@ -111,10 +111,13 @@ def warn_of_layers_outside_blocks(attachment: Attachment) -> None:
     left = [path for path in later if not any(is_within(key, path) for key in attachment.tuned)]
     if not left:
         return
-    shown = shortened(left, MAX_SHOWN)
+    keys = {key for key, _ in attachment.model.named_parameters()}
+    alone = [path for path in left if path in keys]
+    advice = f". Put {shortened(alone, MAX_SHOWN)} into a module to name it: a head is a module" if alone else ""
     warnings.warn(
-        f"{attachment.name} edits the blocks that petune finds in {sites.model}. Attentions and MLPs outside of these "
-        f"stay as they are: {shown}. To train them whole, name them with the heads: head=[…]",
+        f"{attachment.name} edits the blocks that petune finds in {sites.model}. Attentions, MLPs and linear layers "
+        f"outside of these stay as they are: {shortened(left, MAX_SHOWN)}. To train them whole, name them with the "
+        f"heads: head=[…]{advice}",
         stacklevel=3,
     )
 

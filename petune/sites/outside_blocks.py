@@ -1,4 +1,4 @@
-"""Find attentions and MLPs that are in no block, so that methods which act in all blocks can name them."""
+"""Find attentions, MLPs and linear layers that are in no block, so that methods which act in all blocks name them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from collections.abc import Sequence
 
 from petune.sites.attentions import Attention, find_attentions
 from petune.sites.encoder import attends_to_others, end_of, start_of
+from petune.sites.layouts import is_conv
 from petune.sites.parts import Mlp, num_matrices
 from petune.sites.site import Block, Site, modules_in, modules_of
 from petune.sites.trace import Call, Trace
 
 
 def layers_outside_blocks(trace: Trace, blocks: Sequence[Block], head: Site | None) -> dict[str, int]:
-    """Return the layers between blocks, or after them in the encoder, that mix tokens or are an MLP for them.
+    """Return the layers before, between or after blocks that belong to the transformer: they mix tokens or map each.
 
-    Such as cross-attention between two towers, which is in neither, self-attention after the final norm, and blocks that
-    petune cannot tell from other code. What pools the tokens after the encoder is none, and neither are convolutions.
+    Such as cross-attention between two towers, which is in neither, self-attention after the final norm, an MLP before
+    the first block, linear layers between two blocks of the same tokens, and blocks that petune cannot tell from other
+    code. What pools the tokens after the encoder is none, and neither are convolutions and what changes the tokens'
+    number or width between two stages.
 
     Returns:
-        The paths of the largest modules without a block, each with the index of the last block that begins before
-        its last call.
+        The paths of the largest modules without a block, and the keys of single parameters in products, each with the
+        index of the last block that begins before its last call; 0 before the first block.
     """
     inside = {id(m) for m in modules_of(blocks)} | {
         id(m) for block in blocks for own in block.own_modules for m in own.modules()
@@ -28,17 +31,66 @@ def layers_outside_blocks(trace: Trace, blocks: Sequence[Block], head: Site | No
     begun = [(c.start, block.index) for block in blocks for c in trace.calls if c.module is block.enter]
     bounds = {id(m) for block in blocks for m in block.modules}
     of_blocks = [c for c in trace.calls if id(c.module) in bounds]
-    first, end = start_of(trace, blocks), _end_of_encoder(trace, blocks, of_blocks)
+    end = _end_of_encoder(trace, blocks, of_blocks)
     attentions = {id(a.call): a for a in find_attentions(trace)}
     found: dict[str, int] = {}
     for call in trace.calls:
-        is_inside = call.start < end or _mixes_tokens(attentions.get(id(call)))
-        is_layer = id(call) in attentions or _is_mlp(call)
-        if first < call.start and is_inside and id(call.module) not in inside and is_layer:
+        is_other = id(call.module) not in inside
+        if is_other and _is_layer(call, attentions.get(id(call)), of_blocks, (start_of(trace, blocks), end)):
             around = _largest_without(call, of_blocks)
             if around is not None:
-                found[around.path] = max(index for start, index in begun if start < around.start)
-    return found
+                found[around.path] = _last_before(begun, around.start)
+    return found | {key: _last_before(begun, time) for time, key in _bare_products(trace, blocks, of_blocks)}
+
+
+def _last_before(begun: Sequence[tuple[int, int]], time: int) -> int:
+    """Return the index of the last block that begins before a time."""
+    return max((index for start, index in begun if start < time), default=0)
+
+
+def _is_layer(call: Call, attention: Attention | None, of_blocks: Sequence[Call], span: tuple[int, int]) -> bool:
+    """Return whether a call outside blocks is a layer of the transformer.
+
+    Args:
+        call: The call.
+        attention: What it is, if it is an attention.
+        of_blocks: The calls that bound blocks.
+        span: When the first block is entered, and when the encoder is left.
+    """
+    start, end = span
+    if call.start < start:
+        return call.stop < start and _is_mlp(call) and _has_tokens_of(call, of_blocks[0])
+    if call.start > end:
+        return _mixes_tokens(attention)
+    return attention is not None or _is_mlp(call) or _is_linear_between(call, of_blocks)
+
+
+def _has_tokens_of(call: Call, block: Call) -> bool:
+    """Return whether a call before a block returns tokens in a row of the shape that the block takes."""
+    x, y = block.input, call.output
+    return x is not None and y is not None and y.ndim == 3 and y.shape[-1] == x.shape[-1] and len(y) == len(x)
+
+
+def _is_linear_between(call: Call, of_blocks: Sequence[Call]) -> bool:
+    """Return whether a call is a linear layer for tokens between two blocks, of which one takes what the other returns."""
+    x = call.input
+    if not call.has_matrix or is_conv(call) or x is None or not x.is_floating_point() or not call.holds_tokens(x):
+        return False
+    before = max((c for c in of_blocks if c.stop < call.start), key=lambda c: c.stop, default=None)
+    after = min((c for c in of_blocks if c.start > call.stop), key=lambda c: c.start, default=None)
+    if before is None or after is None or before.output is None or after.input is None:
+        return False
+    y = after.input
+    return before.output.shape == y.shape and x.numel() // x.shape[-1] == y.numel() // y.shape[-1]
+
+
+def _bare_products(trace: Trace, blocks: Sequence[Block], of_blocks: Sequence[Call]) -> list[tuple[int, str]]:
+    """Return times and keys of the products with parameters that modules around blocks compute between these."""
+    first = min((c.stop for c in of_blocks), default=0)
+    around = {id(call) for block in of_blocks for call in block.ancestors()}
+    return [
+        (time, key) for time, call, key in trace.products if first < time < end_of(trace, blocks) and id(call) in around
+    ]
 
 
 def _end_of_encoder(trace: Trace, blocks: Sequence[Block], of_blocks: Sequence[Call]) -> int:

@@ -28,6 +28,7 @@ from petune.sites.unsuitable import why_method_fails
 
 FUSED_ATTENTION = {SDPA, MULTI_HEAD, "_native_multi_head_attention"}
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
+LINEARS = {"linear", "addmm"}
 NORMALIZATIONS = {
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "vector_norm", "rsqrt",
     "var", "std", "var_mean", "std_mean",
@@ -119,6 +120,8 @@ class _CallRecorder:
         self.trace = Trace()
         self.stack: list[Call] = []
         self.flow: Flow | None = None
+        self.own: dict[int, tuple[Tensor, str]] = {}
+        """The model's parameters and what was made of one alone, such as its transpose, by identity, each with its key."""
         self._time = 0
 
     def tick(self) -> int:
@@ -162,6 +165,7 @@ class _CallRecorder:
         if self.flow is None:
             return
         if call.parent is None:
+            self.own = {id(p): (p, key) for key, p in call.module.named_parameters()}
             self.flow.start([*call.inputs, *call.module.parameters(), *call.module.buffers()])
         self.flow.enter(call.start, call.inputs)
 
@@ -207,6 +211,7 @@ class _OperationRecorder(TorchFunctionMode):
             self.flattened.record(name, tensors, result)
             self.calls.stack[-1].normalizes |= name in NORMALIZATIONS
             self._record_change(name, tensors, result)
+            self._record_product(name, tensors, result)
             self._record_attention(name, args, kwargs or {}, tensors, result)
         return result
 
@@ -218,6 +223,14 @@ class _OperationRecorder(TorchFunctionMode):
             self.trace.reshaped[id(result)] = result, tensors[0]
         elif name in NORMALIZATIONS | ACTIVATIONS and result.shape == tensors[0].shape:
             self.trace.functions[id(result)] = result, tensors[0]
+
+    def _record_product(self, name: str, tensors: list[Tensor], result: Any) -> None:
+        """Record that a parameter enters a product; follow a parameter that an operation takes alone."""
+        keys = [self.calls.own[id(t)][1] for t in tensors if id(t) in self.calls.own]
+        if keys and len(tensors) > 1 and name in PRODUCTS | LINEARS:
+            self.trace.products += [(self.calls.tick(), self.calls.stack[-1], key) for key in keys]
+        elif keys and len(tensors) == 1 and isinstance(result, Tensor):
+            self.calls.own[id(result)] = result, keys[0]
 
     def _record_scaling(self, args: Any, result: Tensor) -> None:
         """Record a product of a tensor with a number, or with a vector that has one number for each channel."""

@@ -171,6 +171,7 @@ class Trace:
         elementwise: What sums, products and casts returned, by identity, with their operands of the same shape.
         reshaped: What reshapes and copies returned, by identity, with what they took: the same values in order.
         functions: What norms and activations returned, by identity, with what they took.
+        products: When a parameter entered a matrix product, the innermost call around that, and the parameter's key.
         batch_size: Number of samples.
         outputs: All tensors that the model returned.
         draws_nothing: True if the forward was watched, and drew no random number.
@@ -184,6 +185,7 @@ class Trace:
     elementwise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
     reshaped: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     functions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    products: list[tuple[int, Call, str]] = field(default_factory=list)
     batch_size: int = 0
     outputs: list[Tensor] = field(default_factory=list)
     draws_nothing: bool = False

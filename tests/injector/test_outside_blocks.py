@@ -94,6 +94,58 @@ def test_mlps_that_are_in_no_block_are_named() -> None:
     assert att.sites.norm.path == "norm"  # and not that inside of the last MLP
 
 
+class Extra(Vit):
+    """A layer before or between two blocks, written in one of several ways."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(nn.ModuleList([block(), block()]))
+        self.kind = kind
+        self.up, self.down, self.conv = nn.Linear(D, 2 * D), nn.Linear(D, D), nn.Conv1d(D, D, 3, padding=1)
+        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+        self.qkv, self.out = nn.Parameter(torch.randn(3 * D, D)), nn.Parameter(torch.randn(D, D))
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.kind == "gated":
+            value, gate = self.up(x).chunk(2, -1)
+            return x + self.down(value * gate.sigmoid())
+        if self.kind == "functional attention":
+            q, k, v = (x @ self.qkv.T).chunk(3, -1)
+            return x + nn.functional.scaled_dot_product_attention(q, k, v)
+        if self.kind == "functional MLP":
+            return x + nn.functional.linear(nn.functional.gelu(x @ self.out), self.out)
+        layers = {"linear": self.down, "MLP": self.mlp, "convolution": lambda x: self.conv(x.mT).mT}
+        return layers.get(self.kind, nn.Identity())(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).mT
+        x = x + self.mlp(x) if self.kind == "MLP before" else x
+        x = self.trunk[1](self.between(self.trunk[0](x)))
+        return self.head(self.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("gated", "up, down"),
+        ("functional attention", "qkv"),
+        ("functional MLP", "out"),
+        ("linear", "down"),
+        ("MLP", "mlp"),
+        ("MLP before", "mlp"),
+    ],
+)
+def test_layers_before_and_between_blocks_are_named(kind: str, named: str) -> None:
+    with pytest.warns(UserWarning, match=rf"stay as they are: {named}\."):
+        petune.attach(Extra(kind).eval(), "houlsby")
+
+
+@pytest.mark.parametrize("kind", ["convolution", "none"])
+def test_convolutions_between_blocks_are_not_named(kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        petune.attach(Extra(kind).eval(), "houlsby")
+
+
 class Late(Vit):
     """Self-attention with a norm of its own after the final norm; without an MLP it is no block."""
 
