@@ -38,9 +38,9 @@ def warn_of_unadapted_mlps(attachment: Attachment) -> None:
 
 
 def _acts_at_mlp(attachment: Attachment, block: Block) -> bool:
-    """Return whether an adapter acts at a block's MLP, its norm, the stream before it, or what enters or leaves the block.
+    """Return whether an adapter acts at a block's MLP, its norm, the stream before it, or at either end of the block.
 
-    These are all its tokens, unless the block has several streams, of which its MLP and an adapter have one.
+    At its ends are all its tokens, unless the block has several streams, of which its MLP and an adapter have one.
     """
     placed = attachment.edit_log.placed
     own = [site for site in block.branches if site.role == "mlp"]

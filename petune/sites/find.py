@@ -164,7 +164,7 @@ def _without(trace: Trace, others: Iterable[str]) -> list[Call]:
 
 
 def _without_branch_norms(trace: Trace, calls: Sequence[Call], others: Iterable[str]) -> list[Call]:
-    """Return calls without the norms of branches: those that enter one of some modules, while an addition skips both."""
+    """Return calls without the norms of branches: those before one of some modules, while an addition skips both."""
     paths = {*others}
     before = [trace.maker(c.input) for c in trace.calls if c.path in paths]
     branch = {id(c) for c in before if c and is_norm(c) and c.input is not None and addition_to(trace, c.input, c.stop)}

@@ -1,4 +1,4 @@
-"""Find the norms between blocks and heads, besides the final one: in a row with it, next to it, or of earlier blocks."""
+"""Find the norms between blocks and heads besides the final one: in a row, next to it, or of earlier blocks."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def _has_tokens_of(call: Call, block: Call) -> bool:
 
 
 def _is_linear_between(call: Call, of_blocks: Sequence[Call]) -> bool:
-    """Return whether a call is a linear layer for tokens between two blocks, of which one takes what the other returns."""
+    """Return whether a call is a linear layer for tokens between two blocks of the same tokens."""
     x = call.input
     if not call.has_matrix or is_conv(call) or x is None or not x.is_floating_point() or not call.holds_tokens(x):
         return False

@@ -275,5 +275,5 @@ class Sites:
         for block in self.blocks:
             rows.append((f"block {block.index}", block))
             rows += [(f"  {role}", block.parts.get(role)) for role in ROLES]
-        norms = list(dict.fromkeys(norm for tower in self.towers for norm in tower.norms)) or [None]
+        norms: list[Site | None] = [*dict.fromkeys(norm for tower in self.towers for norm in tower.norms)] or [None]
         return [*rows, *(("norm", norm) for norm in norms), ("head", self.parts.get("head"))]
