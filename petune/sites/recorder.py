@@ -121,7 +121,7 @@ class _CallRecorder:
         self.stack: list[Call] = []
         self.flow: Flow | None = None
         self.own: dict[int, tuple[Tensor, str]] = {}
-        """The model's parameters, and what was made of one alone, such as its transpose, by identity, with their keys."""
+        """The model's parameters, and what was made of one alone (its transpose), by identity, with their keys."""
         self._time = 0
 
     def tick(self) -> int:
