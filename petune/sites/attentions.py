@@ -61,8 +61,9 @@ def find_attentions(trace: Trace) -> list[Attention]:
             attention.many_queries = attention.many_queries or op.many_queries
             attention.is_single = attention.is_single or op.is_single
     attentions = sorted(found.values(), key=lambda a: a.call.start)
+    over_tokens = [a for a in attentions if not _is_over_depth(trace, a)]
     for attention in attentions:
-        attention.pair = _pair_of(trace, attention, attentions)
+        attention.pair = _pair_of(trace, attention, over_tokens if attention in over_tokens else attentions)
     return attentions
 
 
@@ -94,6 +95,13 @@ def _pair_of(trace: Trace, attention: Attention, attentions: list[Attention]) ->
             return Pair(attention, before, call, [attention])
         inner = call
     return None
+
+
+def _is_over_depth(trace: Trace, attention: Attention) -> bool:
+    """Return whether each token attends alone to what it was in earlier layers (attention residuals)."""
+    x = attention.call.input
+    is_alone = x is not None and x.ndim == 3 and x.shape[1] == 1 and len(x) > trace.batch_size
+    return is_alone and not attention.many_queries and not attention.is_single
 
 
 def _mlp_before(trace: Trace, block: Call, inner: Call, attention: Attention) -> Mlp | None:

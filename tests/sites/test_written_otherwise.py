@@ -170,3 +170,39 @@ def test_blocks_that_change_a_state_are_found() -> None:
             "blocks.1.attn … blocks.1.mlp",
         ]
         assert not torch.allclose(model(X), before)
+
+
+class OverDepth(nn.Module):
+    """An attention or an MLP that reads what each token was in all earlier layers, by an attention over these."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.over_depth = inner, nn.MultiheadAttention(24, 2, batch_first=True)
+
+    def forward(self, history: list[Tensor]) -> Tensor:
+        stack = torch.stack(history, 2).flatten(0, 1)
+        x = self.over_depth(stack[:, -1:], stack, stack, need_weights=False)[0]
+        return self.inner(x.view_as(history[0]))
+
+
+class OverDepths(nn.Module):
+    """Attention residuals: nothing is added to a stream."""
+
+    def __init__(self, blocks: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([OverDepth(b.attn), OverDepth(b.mlp)]) for b in blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        history = [x]
+        for attention, mlp in self.layers:
+            history.append(attention(history))
+            history.append(mlp(history))
+        return history[-1]
+
+
+def test_blocks_with_attention_residuals_are_whole() -> None:
+    model = tiny()
+    model.blocks = OverDepths(model.blocks)
+    blocks = petune.find_sites(model.eval()).blocks
+    assert [block.where for block in blocks] == [f"blocks.layers.{i}.0 … blocks.layers.{i}.1" for i in range(2)]
+    assert all({"attn", "mlp"} <= block.parts.keys() for block in blocks)
