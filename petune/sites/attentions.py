@@ -61,7 +61,8 @@ def find_attentions(trace: Trace) -> list[Attention]:
             attention.many_queries = attention.many_queries or op.many_queries
             attention.is_single = attention.is_single or op.is_single
     attentions = sorted(found.values(), key=lambda a: a.call.start)
-    over_tokens = [a for a in attentions if not _is_over_depth(trace, a)]
+    over_depth = _over_depth(trace, attentions)
+    over_tokens = [a for a in attentions if a not in over_depth]
     for attention in attentions:
         attention.pair = _pair_of(trace, attention, over_tokens if attention in over_tokens else attentions)
     return attentions
@@ -97,11 +98,14 @@ def _pair_of(trace: Trace, attention: Attention, attentions: list[Attention]) ->
     return None
 
 
-def _is_over_depth(trace: Trace, attention: Attention) -> bool:
-    """Return whether each token attends alone to what it was in earlier layers (attention residuals)."""
-    x = attention.call.input
-    is_alone = x is not None and x.ndim == 3 and x.shape[1] == 1 and len(x) > trace.batch_size
-    return is_alone and not attention.many_queries and not attention.is_single
+def _over_depth(trace: Trace, attentions: list[Attention]) -> list[Attention]:
+    """Return those by which each token attends alone to what it was in earlier layers (attention residuals).
+
+    After the first layer this is one query and one key.
+    """
+    inputs = [(a, a.call.input) for a in attentions if not a.many_queries]
+    alone = [a for a, x in inputs if x is not None and x.ndim == 3 and x.shape[1] == 1 and len(x) > trace.batch_size]
+    return alone if any(not a.is_single for a in alone) else []
 
 
 def _mlp_before(trace: Trace, block: Call, inner: Call, attention: Attention) -> Mlp | None:
