@@ -44,8 +44,9 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
         is_alike = attention.is_single and _kind(found[1]) in kinds  # the last stage may have a single token left
         if attention.many_queries or is_alike or _is_complete(attention, found[1]):
             blocks.setdefault(id(found[1].enter), found)
-    ordered = _without_last_attentions([block for _, block in sorted(blocks.values(), key=lambda found: found[0])])
-    described = with_split_mlps(trace, [with_branches(trace, block, attentions) for block in ordered])
+    ordered = [block for _, block in sorted(blocks.values(), key=lambda found: found[0])]
+    branched = _without_last_attentions([with_branches(trace, block, attentions) for block in ordered])
+    described = with_split_mlps(trace, branched)
     return with_own_modules(trace, [replace(block, index=index) for index, block in enumerate(described)])
 
 
