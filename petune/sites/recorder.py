@@ -28,7 +28,7 @@ from petune.sites.unsuitable import why_method_fails
 
 FUSED_ATTENTION = {SDPA, MULTI_HEAD, "_native_multi_head_attention"}
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
-LINEARS = {"linear", "addmm"}
+MATRIX_LAYERS = {"linear", "addmm"}
 NORMALIZATIONS = {
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "vector_norm", "rsqrt",
     "var", "std", "var_mean", "std_mean",
@@ -227,7 +227,7 @@ class _OperationRecorder(TorchFunctionMode):
     def _record_product(self, name: str, tensors: list[Tensor], result: Any) -> None:
         """Record that a parameter enters a product; follow a parameter that an operation takes alone."""
         keys = [self.calls.own[id(t)][1] for t in tensors if id(t) in self.calls.own]
-        if keys and len(tensors) > 1 and name in PRODUCTS | LINEARS:
+        if keys and len(tensors) > 1 and name in PRODUCTS | MATRIX_LAYERS:
             self.trace.products += [(self.calls.tick(), self.calls.stack[-1], key) for key in keys]
         elif keys and len(tensors) == 1 and isinstance(result, Tensor):
             self.calls.own[id(result)] = result, keys[0]
