@@ -96,7 +96,17 @@ def factored(
 
     Returns:
         Factors, and for each layer the Frobenius norm of what is left out relative to that of the change.
+
+    Raises:
+        UsageError: R is above that of any matrix of these shapes.
     """
+    highest = max(min(_shape(change)) for change in changes.values())
+    if rank is not None and rank > highest:
+        raise UsageError(
+            f"rank is {rank:,}, but no change of these layers has a rank above {highest:,}. Leave it out for the exact "
+            "one",
+            cli_hint="The flag is --rank",
+        )
     decomposed = {layer: _svd(change) for layer, change in changes.items()}
     if rank is None:
         rank = max(1, *(int((s > NEGLIGIBLE * s.max()).sum()) for _, s, _ in decomposed.values()))
@@ -134,6 +144,13 @@ def _svd(change: Factors | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     right, right_r = torch.linalg.qr(change.a_RI.T)
     u, s, vt = torch.linalg.svd(left_r @ right_r.T, full_matrices=False)
     return left @ u, s, vt @ right.T
+
+
+def _shape(change: Factors | Tensor) -> tuple[int, int]:
+    """Return (O, I)."""
+    if isinstance(change, Tensor):
+        return change.shape[0], change.shape[1]
+    return len(change.b_OR), change.a_RI.shape[1]
 
 
 def _left_out(s_K: Tensor, rank: int) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from petune import average_adapters
 from tests.program import Run
 from tests.trained import saved_run
 
@@ -20,6 +21,27 @@ def runs(petune: Run, tiny: tuple[str, ...], tmp_path: Path) -> tuple[Path, Path
     two = petune("run", "--from=one", "--seed=1", "--epochs=1", "--device=cpu", "--precision=fp32", "--output=two")
     assert two.code == 0, two.err
     return tmp_path / "one", tmp_path / "two"
+
+
+def test_an_interrupted_greedy_soup_leaves_nothing_and_starts_again(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    values = iter([0.5, 0.6, None, 0.5, 0.6, 0.7])
+
+    def value() -> float:
+        if (given := next(values)) is None:
+            raise KeyboardInterrupt
+        return given
+
+    monkeypatch.setattr("petune.serving.average.averaging.val_scorer", lambda *_: value)
+    with pytest.raises(KeyboardInterrupt):
+        average_adapters(runs, tmp_path / "soup", algorithm="greedy", device="cpu")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert not (tmp_path / "soup").exists()
+    done = average_adapters(runs, tmp_path / "soup", algorithm="greedy", device="cpu")
+    assert done.val == 0.7
+    assert [adapter.coefficient for adapter in done.adapters] == [0.5, 0.5]
 
 
 def test_a_greedy_soup(petune: Run, runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import petune
-from tests.serving.averages import FILE, adapter, backbone, tensors
+from tests.serving.averages import FILE, X, adapter, backbone, tensors
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,26 @@ def test_unknown_starts_are_no_fact(tmp_path: Path) -> None:
         petune.attach(backbone().model, "adaptformer:bottleneck=4").save(tmp_path / str(seed))
     done = petune.average_adapters([tmp_path / "0", tmp_path / "1"], tmp_path / "out", model=backbone().model)
     assert "do not record what they started from" in " ".join(done.notes)
+
+
+def test_a_rank_that_no_change_can_have_is_refused(tmp_path: Path) -> None:
+    paths = [adapter(tmp_path / str(seed), "lora:r=2", seed) for seed in (0, 1)]
+    with pytest.raises(petune.UsageError, match="rank is 1,000,000,000"):
+        petune.average_adapters(paths, tmp_path / "out", rank=10**9)
+    with pytest.raises(petune.UsageError, match="rank is 1,000,000,000"):
+        petune.convert(paths[0], tmp_path / "out", rank=10**9)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("converted_first", [False, True])
+def test_a_converted_lora_beside_a_plain_one(converted_first: bool, tmp_path: Path) -> None:
+    paths = [adapter(tmp_path / str(seed), "lora:r=2", seed) for seed in (0, 1)]
+    petune.average_adapters(paths, tmp_path / "expected")
+    petune.convert(paths[0], tmp_path / "converted")
+    mixed = [tmp_path / "converted", paths[1]]
+    petune.average_adapters(mixed if converted_first else mixed[::-1], tmp_path / "out")
+    outputs = [petune.load(backbone().model, tmp_path / name).model.eval()(X) for name in ("out", "expected")]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
+    some = adapter(tmp_path / "some", "lora:r=2,target_modules=[qkv]", 2)
+    with pytest.raises(petune.UsageError):
+        petune.average_adapters([*mixed, some], tmp_path / "refused")

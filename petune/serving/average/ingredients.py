@@ -132,7 +132,9 @@ def check_alike(ingredients: Sequence[Ingredient], *, heads_alike: bool, by_prod
     first = ingredients[0]
     for other in ingredients[1:]:
         is_product = by_products and has_lora_options(first.saved.config)
-        _check_method(first, other, RANK_OPTIONS if is_product else frozenset())
+        same_layers = first.saved.tensors.keys() == other.saved.tensors.keys()  # a converted LoRA names each of them
+        may_differ = RANK_OPTIONS | {"target_modules"} if same_layers else RANK_OPTIONS
+        _check_method(first, other, may_differ if is_product else frozenset())
         _check_backbone(first, other)
         if heads_alike:
             _check_outputs(first, other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -54,6 +55,19 @@ def make_constants_buffers(layer: Any) -> None:
         constants = getattr(layer, name, None)
         if isinstance(constants, nn.ParameterDict):
             setattr(layer, name, BufferDict({key: p.detach() for key, p in constants.items()}))
+
+
+def follow_dtype(layer: Any) -> None:
+    """Let a layer that notes the dtype of its weight when it is made (AdaMSS) compute in the one that it has now."""
+    if isinstance(vars(layer).get("dtype"), torch.dtype) and not hasattr(layer, "petune_follows_dtype"):
+        layer.petune_follows_dtype = True
+        layer.register_forward_pre_hook(_note_dtype)
+
+
+def _note_dtype(layer: Any, args: Any) -> None:
+    weight = layer.get_base_layer().weight
+    if weight.is_floating_point():
+        layer.dtype = weight.dtype
 
 
 def keep_state_dict_names(layer: Any) -> None:

@@ -23,6 +23,7 @@ from petune.tuners.peft_bridge.encoder_layer import fit_encoder_layers
 from petune.tuners.peft_bridge.layer import (
     active_adapters,
     adapters_in,
+    follow_dtype,
     keep_state_dict_names,
     make_constants_buffers,
     peft_layers,
@@ -138,6 +139,7 @@ class WrappedLayers:
         """Register all that PEFT has added as the attachment's own, under names that do not depend on PEFT."""
         for layer in self.layers.values():
             make_constants_buffers(layer)
+            follow_dtype(layer)
         if self.kind == "adalora":
             self.config.inference_mode = True  # petune decides what trains; PEFT would allow only one on a model
             if self.config.rank_pattern:  # a trained adapter has fewer ranks
