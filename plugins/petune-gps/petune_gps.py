@@ -46,9 +46,12 @@ class GPS(petune.Tuner[GPSConfig]):
     Differs from the paper: each image is seen in one view, augmented as in training, not in two; an image that is the
     only one of its class in a batch has no part in the loss. LayerScale stays frozen, and biases that are not a layer's
     (BEiT's of q and v).
+
+    Recipe: with vit_nano on 800 images of CIFAR-10 (20 epochs, batch 128, seed 0, bfloat16) top-1 on 200 of val was
+    64.0 at 1e-3, 68.5 at 3e-3, 68.0 at 1e-2 and 64.5 at 3e-2, and lower at 1e-4, 3e-4 and 1e-1. One image is 0.5.
     """
 
-    recipe = petune.Recipe(lr=1e-3, weight_decay=0.0)
+    recipe = petune.Recipe(lr=3e-3, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:
         """Let entries of all layers train; which ones is chosen later."""

@@ -55,9 +55,12 @@ class Prefix(petune.Tuner[PrefixConfig]):
 
     Differs from the paper: P_k and P_v are parameters themselves, where the paper makes them by an MLP that is dropped
     after training.
+
+    Recipe: with vit_nano on 800 images of CIFAR-10 (20 epochs, batch 128, seed 0, bfloat16) top-1 on 200 of val was
+    64.0 at 1e-3, 66.5 at 3e-3 and 64.5 at 1e-2, and lower at 1e-4, 3e-4, 3e-2 and 1e-1. One image is 0.5.
     """
 
-    recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
+    recipe = petune.Recipe(lr=3e-3, weight_decay=0.0)
     identity_at_init = False
 
     def attach(self, edit: petune.Edit) -> None:

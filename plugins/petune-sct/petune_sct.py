@@ -65,6 +65,10 @@ class SCT(petune.Tuner[SCTConfig]):
 
     Differs from the paper: channels are chosen on images augmented as in training. Targets that are no classes count as
     one class.
+
+    Recipe: with vit_nano on 800 images of CIFAR-10 (20 epochs, batch 128, seed 0, bfloat16) top-1 on 200 of val was
+    65.0 at 1e-3, 64.5 at 3e-3, 66.0 at 1e-2 and 23.5 at 3e-2; lower at 1e-4, 3e-4 and 1e-1. One image is 0.5: the best
+    rate, 1e-2, is ahead by two images and next to one that fails, so 1e-3 was kept.
     """
 
     recipe = petune.Recipe(lr=1e-3, weight_decay=1e-4)
