@@ -51,7 +51,9 @@ class BankForward:
         Raises:
             AttachError: It has another one.
         """
-        if self.model.get_submodule(self.head.path) is not self.head.enter:
+        kind = self.active.kind
+        expected = kind.head if kind is not None and kind.acts_at_head else self.head.enter
+        if self.model.get_submodule(self.head.path) is not expected:
             raise AttachError(
                 f"the classifier {self.head.path} was replaced while an AdapterBank holds this model. Put it back, or "
                 "call bank.close() and make another AdapterBank"
@@ -60,11 +62,18 @@ class BankForward:
     def activate(self, owner: Owner) -> None:
         """Let the model compute with an adapter, until `deactivate`."""
         self.active = owner
-        if owner.kind is not None and owner.values is not None:
-            owner.kind.slots.put(owner.values.tensors)
-            owner.kind.enable()
-            if owner.values.head is not None:
-                self._head_values.put(owner.values.head)
+        kind, values = owner
+        if kind is None or values is None:
+            return
+        if kind.acts_at_head:
+            kind.head.to(device_of(self.head.enter), dtype_of(self.head.enter))
+            self.set_head(kind.head)
+            own = [slot.current for slot in self._head_values.slots]
+            kind.head_slots.put(own if values.head is None else values.head)
+        elif values.head is not None:
+            self._head_values.put(values.head)
+        kind.slots.put(values.tensors)
+        kind.enable()
 
     def deactivate(self, owner: Owner) -> None:
         """Let the model compute without the adapter again."""
@@ -72,6 +81,21 @@ class BankForward:
         if owner.kind is not None:
             self._head_values.restore()
             owner.kind.disable()
+            if owner.kind.acts_at_head:
+                owner.kind.head_slots.restore()
+                self.set_head(self.head.enter)
+
+    @contextmanager
+    def head_of(self, kind: AdapterKind) -> Iterator[None]:
+        """Let the model have the classifier of a kind inside the context, if the kind put something there."""
+        if not kind.acts_at_head:
+            yield
+            return
+        try:
+            self.set_head(kind.head)
+            yield
+        finally:
+            self.set_head(self.head.enter)
 
     @contextmanager
     def activated(self, owner: Owner) -> Iterator[None]:
@@ -93,6 +117,12 @@ class BankForward:
             inputs = x if rows == list(range(len(owners))) else self.sites.input_spec.select(x, rows)
             found |= zip(rows, self._logits_of_group(inputs, [owners[row] for row in rows]), strict=True)
         return [found[row] for row in range(len(owners))]
+
+    def trial_logits(self) -> Tensor:
+        """Return the logits of two synthetic images, of the model as it is now."""
+        x = self.sites.input_spec.noise(2).to(device_of(self.model), dtype_of(self.model))
+        with undisturbed(self.model), torch.no_grad():
+            return logits_of(x.call(self.model)).clone()
 
     def features(self, owners: Sequence[Owner]) -> Tensor:
         """Return what enters the classifier for the first synthetic images, one for each owner.

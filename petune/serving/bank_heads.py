@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,20 @@ def head_for(site: Site, saved: SavedAdapter) -> nn.Module:
         else:
             head = resized
     return head
+
+
+def traces_at(head: nn.Module) -> list[Any]:
+    """Return what changes when an adapter is put at a classifier: its hooks, modules, tensors and functions."""
+    return [
+        (
+            id(module),
+            type(module),
+            sorted(module.__dict__),
+            [len(hooks) for name, hooks in sorted(module.__dict__.items()) if name.endswith("_hooks")],
+            [(name, id(tensor)) for name, tensor in (*module._parameters.items(), *module._buffers.items())],
+        )
+        for module in head.modules()
+    ]
 
 
 def check_same_head(site: Site, saved: SavedAdapter) -> None:

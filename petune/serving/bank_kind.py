@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,12 @@ class Slot:
     def __post_init__(self) -> None:
         is_parameter = isinstance(self.original, nn.Parameter)
         self._places = [(m._parameters if is_parameter else m._buffers, name) for m, name in self.owners]
+
+    @property
+    def current(self) -> Tensor:
+        """The tensor that the model uses now."""
+        tensors, name = self._places[0]
+        return cast(Tensor, tensors[name])
 
     def put(self, tensor: Tensor) -> None:
         """Let the model use this tensor."""
@@ -142,6 +148,9 @@ class AdapterKind:
     Attributes:
         attachment: The one that is attached, disabled. Its own values are overwritten with those of others.
         head: The classifier that was in the model when it was attached.
+        acts_at_head: True if it put something at this classifier, which is in the model while the adapter is used.
+        head_slots: The tensors of this classifier.
+        exchanged: Ids of those that are saved with each adapter, apart from the slots.
         slots: The tensors whose values differ.
         names: The loaded adapters of this kind.
         edited: By-hand changes and unfrozen modules, if rows of several adapters can share a forward.
@@ -154,9 +163,11 @@ class AdapterKind:
         sharing: Equal for kinds that can share a forward; None if each adapter needs its own.
     """
 
-    def __init__(self, attachment: Attachment, head: nn.Module) -> None:
+    def __init__(self, attachment: Attachment, head: nn.Module, head_slots: list[Slot]) -> None:
         self.attachment = attachment
         self.head = head
+        self.acts_at_head = False
+        self.head_slots = ValueSlots(head_slots)
         self.log = attachment.edit_log
         self.names: set[str] = set()
         self.edited: list[EditedModule] = []
@@ -167,7 +178,8 @@ class AdapterKind:
         self.is_elementwise = False
         self.file_keys: list[str] | None = None
         self.sharing: tuple[Any, ...] | None = None
-        self.keys, slots = _slots_of(attachment, head)
+        self.exchanged = {id(slot.original) for slot in head_slots} if attachment.head else set()
+        self.keys, slots = _slots_of(attachment, self.exchanged)
         self.slots = ValueSlots(slots)
         self.slots_of_holder = self._slots_by_holder()
 
@@ -231,6 +243,13 @@ class AdapterKind:
         if self.log.unfrozen:
             forget_caches(self.attachment.model)
 
+    def trains_inside(self, head: nn.Module) -> bool:
+        """Return True if the method trains tensors of a classifier, or entries of them, that the bank does not."""
+        own = {id(p) for p in head.parameters()}
+        unfrozen = {id(p) for p in self.log.unfrozen} - self.exchanged
+        entries = {id(p) for trained in self.log.sparse for p in trained.targets}
+        return not own.isdisjoint(unfrozen | entries)
+
     def indices_in(self, module: nn.Module) -> list[int]:
         """Return the slots with an owner inside a module."""
         inside = set(module.modules())
@@ -266,9 +285,8 @@ def _shape_in_kind(tensor: Tensor, is_in_head: bool) -> list[int | None]:
     return [None, *tensor.shape[1:]] if is_in_head and tensor.ndim else list(tensor.shape)
 
 
-def _slots_of(attachment: Attachment, head: nn.Module) -> tuple[list[str], list[Slot]]:
+def _slots_of(attachment: Attachment, in_head: Container[int]) -> tuple[list[str], list[Slot]]:
     """Return the tensors that the attachment saves, but those of the classifier, with their state_dict keys."""
-    in_head = {id(t) for t in (*head.parameters(), *head.buffers())}
     live = {key: t for key, t in attachment.tensors.live().items() if id(t) not in in_head}
     owners: dict[int, list[tuple[nn.Module, str]]] = {id(t): [] for t in live.values()}
     for module in attachment.model.modules():

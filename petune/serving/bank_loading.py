@@ -18,10 +18,11 @@ from petune.injector.load import attach_saved, check_reference_logits
 from petune.injector.renamed import with_current_keys
 from petune.injector.trainable import trainable_state_of
 from petune.serving.bank_forward import BankForward
-from petune.serving.bank_heads import check_same_head, head_for, head_keys, head_values
+from petune.serving.bank_heads import check_same_head, head_for, head_keys, head_slots, head_values, traces_at
 from petune.serving.bank_kind import AdapterKind, AdapterValues, Owner, kind_key
 from petune.serving.mixed_batch import sharing_key
 from petune.serving.sharing_check import bypassed_modules, can_share, edited_modules, recorded_calls
+from petune.serving.taken_over import Alone, check_taken_over, computed_alone
 
 
 class KindLoader:
@@ -69,9 +70,10 @@ class KindLoader:
 
     def values(self, kind: AdapterKind, saved: SavedAdapter) -> AdapterValues:
         """Return the values of a saved adapter of this kind."""
-        if kind.file_keys is None:
-            saved = with_current_keys(kind.attachment, saved)
-        return kind.values_from(saved, self._head_values(saved))
+        with self._forward.head_of(kind):
+            if kind.file_keys is None:
+                saved = with_current_keys(kind.attachment, saved)
+            return kind.values_from(saved, self._head_values(saved))
 
     def release(self) -> None:
         """Take everything from the model, whose bank was deleted."""
@@ -99,33 +101,53 @@ class KindLoader:
             self._state = self._current_state()
 
     def _attach(self, name: str, saved: SavedAdapter) -> Owner:
+        kind, alone = self._new_kind(name, saved)
+        try:
+            with self._forward.head_of(kind):
+                current = with_current_keys(kind.attachment, saved)
+                if current.tensors.keys() == saved.tensors.keys():
+                    kind.learn_file_keys(saved)
+                owner = Owner(kind, kind.current_values(self._head_values(current)))
+            check_taken_over(owner, alone, self._forward)
+            self._prepare_sharing(owner)
+        except BaseException:
+            self.detach(kind)
+            raise
+        return owner
+
+    def _new_kind(self, name: str, saved: SavedAdapter) -> tuple[AdapterKind, Alone]:
+        """Attach an adapter, at a classifier of its own, and disable it; return also what it computes there."""
         site = self._forward.head
         head = head_for(site, saved)
+        traces, slots = traces_at(head), [*head_slots(head).values()]
         head_site = replace(site, enter=head, exit=head)
         sites = replace(self._forward.sites, parts={**self._forward.sites.parts, "head": head_site})
         try:
             self._forward.set_head(head)
             with self._released():
                 attachment = attach_saved(self._model, saved, name=self._free_name(name), sites=sites)
-            kind = AdapterKind(attachment, head)
+            acting = self._model.get_submodule(site.path)
+            kind = AdapterKind(attachment, acting, slots)
+            kind.acts_at_head = traces_at(acting) != traces or kind.trains_inside(acting)
             self._attached.append(kind)
             kind.features = _features(saved)
             kind.config = saved.config
             kind.tensor_keys = {*saved.tensors}
-            attachment.disable()
+            alone = self._computed_alone(kind)
         finally:
             self._forward.set_head(site.enter)
+        acting.eval()
         self._model.eval()
-        current = with_current_keys(attachment, saved)
-        if current.tensors.keys() == saved.tensors.keys():
-            kind.learn_file_keys(saved)
-        owner = Owner(kind, kind.current_values(self._head_values(current)))
+        return kind, alone
+
+    def _computed_alone(self, kind: AdapterKind) -> Alone:
         try:
-            self._prepare_sharing(owner)
+            alone = computed_alone(kind, self._forward)
+            kind.attachment.disable()
         except BaseException:
             self.detach(kind)
             raise
-        return owner
+        return alone
 
     @contextmanager
     def _released(self) -> Iterator[None]:
@@ -147,7 +169,7 @@ class KindLoader:
         kind = owner.kind
         assert kind is not None
         key = sharing_key(kind) if self._forward.head_is_last else None
-        if key is None:
+        if key is None or kind.acts_at_head or self._acts_behind_head(kind):
             return
         with recorded_calls(self._model) as called:
             self._forward.features([Owner()])
@@ -162,6 +184,12 @@ class KindLoader:
             kind.is_elementwise = self._is_elementwise(owner)
             if kind.slots.slots and not kind.is_elementwise and not can_share(owner, self._forward.features):
                 kind.sharing = None
+
+    def _acts_behind_head(self, kind: AdapterKind) -> bool:
+        """Return True if an adapter is at a module around the classifier, such as the model itself."""
+        head = self._forward.head.enter
+        ends = {module for _, sites in kind.log.placed for site in sites for module in (site.enter, site.exit)}
+        return any(head in {*module.modules()} for module in ends)
 
     def _is_elementwise(self, owner: Owner) -> bool:
         """Return True if rows with a vector each compute what each computes alone."""
