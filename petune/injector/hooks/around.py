@@ -86,6 +86,9 @@ class Around(Holder):
             return None
         x = first_tensor(args, kwargs)
         adapted = in_dtype_of(self.adapter, to_channels_last(x, self.enter_layout))
+        if in_backward():
+            for other in self.others:
+                other.find_again(x)
         kept = [(other, other.snapshot()) for other in self.others]
         y = self.call(functools.partial(self.inner, args, kwargs, kept), adapted)
         modules = [link.module for link in self.links]

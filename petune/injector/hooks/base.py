@@ -96,9 +96,9 @@ class Holder(nn.Module):
     def _adapted_nested(self, x: Tensor) -> Any:
         try:
             y = self.adapter(x)
-        except AttachError:
-            raise
         except Exception as error:  # PyTorch has few operations for nested tensors
+            if not is_failure(error):
+                raise
             raise AttachError(
                 f"the adapter {type(self.adapter).__name__} cannot compute with a nested tensor, whose images have "
                 f"different numbers of tokens ({type(error).__name__}: {error}). Use images of one size, or another "
@@ -112,6 +112,9 @@ class Holder(nn.Module):
 
     def restore(self, snapshot: Any) -> None:
         """Keep again what was kept at a snapshot."""
+
+    def find_again(self, x: Tensor) -> None:
+        """Keep again what came with a tensor, for a repetition that begins with it."""
 
     def clear(self) -> None:
         """Drop tensors that are kept between two hooks."""
@@ -250,6 +253,15 @@ def live_forward(forward: Any) -> Callable[..., Any] | None:
 def in_backward() -> bool:
     """Return True in a repetition. A compiled model repeats traced operations instead of calling hooks."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_failure(error: Exception) -> bool:
+    """Return False for petune's messages, for lack of memory, and for what torch steers a forward with.
+
+    Checkpointing ends a repetition by an exception as soon as it has all that the backward pass needs.
+    """
+    steers = type(error).__module__.startswith(("torch.utils.checkpoint", "torch._dynamo"))
+    return not steers and not isinstance(error, AttachError | torch.OutOfMemoryError)
 
 
 def to_channels_last(x: Tensor, layout: Layout) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError
-from petune.injector.hooks.base import Holder, first_tensor, in_dtype_of, to_channels_last
+from petune.injector.hooks.base import Holder, first_tensor, in_dtype_of, is_failure, to_channels_last
 from petune.injector.hooks.replaced_forward import ReplacedForward
 from petune.injector.hooks.torch_attention import in_steps
 from petune.sites.operations import MULTI_HEAD, SDPA, SDPA_ARGUMENTS
@@ -70,7 +70,7 @@ class KeysValues(Holder):
             with appended:
                 output = original(*args, **kwargs)
         except RuntimeError as error:
-            if not appended.has_keys or appended.done or isinstance(error, torch.OutOfMemoryError):
+            if not appended.has_keys or appended.done or not is_failure(error):
                 raise
             raise AttachError(
                 f"{type(module).__name__} takes no further keys and values: its own code reshapes or masks the "

@@ -30,11 +30,13 @@ from torch import Tensor, nn
 from petune.base.errors import AttachError
 from petune.injector.hooks.around import Around
 from petune.injector.hooks.base import (
+    SKIPPED,
     Args,
     Holder,
     Kwargs,
     first_tensor,
     live_forward,
+    phase_of,
     with_first_tensor,
     with_tensor,
 )
@@ -44,7 +46,7 @@ from petune.injector.hooks.side import SideStep
 from petune.sites.site import Site
 
 CARRIED = "petune_prompts"
-"""Attribute of a block's output: the prompts that leave the block with it. A repeated forward finds them there."""
+"""Attribute of a block's output: its number and the prompts that leave it, which a repetition finds there."""
 
 
 class Prompts(Holder):
@@ -86,6 +88,9 @@ class Prompts(Holder):
     def restore(self, snapshot: tuple[int, Tensor] | None) -> None:
         self.carried = snapshot
 
+    def find_again(self, x: Tensor) -> None:
+        self.carried = getattr(x, CARRIED, self.carried)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "hidden": None, "carried": None}
 
@@ -103,9 +108,8 @@ class Prompts(Holder):
         """
         if index == 0:
             return self.run(x_BND)
-        kept: Tensor | None = getattr(x_BND, CARRIED, None)
-        if kept is None and self.carried is not None and self.carried[0] == index - 1:
-            kept = self.carried[1]
+        sources = [source for source in (getattr(x_BND, CARRIED, None), self.carried) if source is not None]
+        kept = next((prompts for last, prompts in sources if last == index - 1), None)
         if kept is None:
             raise AttachError(
                 "prompts that pass through several blocks were lost between two of them: a block was entered out of "
@@ -275,6 +279,8 @@ class PromptedModule:
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Cut the prompts out; hook. Between two blocks they are kept with the output."""
+        if self.holder.carried is not None and phase_of(module) == SKIPPED and self.holder.enabled:
+            return with_tensor(output, self._carry)  # what an adapter around the block has returned
         return with_tensor(output, self._cut) if self.holder.acts_at(module) else None
 
     def _cut(self, x_BND: Tensor) -> Tensor:
@@ -285,8 +291,12 @@ class PromptedModule:
             return tokens
         prompts = holder.only_prompts(x_BND)
         holder.carried = self.index, prompts
+        return self._carry(tokens)
+
+    def _carry(self, tokens: Tensor) -> Tensor:
+        """Let the tokens that leave the block carry the prompts that left it last."""
         if tokens.requires_grad and not torch.compiler.is_compiling():
-            setattr(tokens, CARRIED, prompts)
+            setattr(tokens, CARRIED, self.holder.carried)
         return tokens
 
 

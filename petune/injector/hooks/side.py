@@ -18,6 +18,7 @@ from petune.injector.hooks.base import (
     first_tensor,
     in_backward,
     in_dtype_of,
+    is_failure,
     phase_of,
     shaped_like,
     tensor_of,
@@ -154,7 +155,7 @@ class SideStep:
         try:
             return holder.call(before, x, index)
         except Exception as error:
-            if isinstance(error, AttachError) or index == 0 or shape is None or shape == new:
+            if index == 0 or shape is None or shape == new or in_backward() or not is_failure(error):
                 raise
             raise AttachError(
                 f"the side network {type(holder.adapter).__name__} failed at its site number {index}, in a "
