@@ -146,7 +146,8 @@ def print_comparison(comparison: Comparison) -> None:
     """Print the table, the reason of each failed method, and the directory."""
     from petune.runner.report.tables import cells, compare_columns, ranked
 
-    print_status(f"{comparison.backbone}, weights {comparison.weights}, on {comparison.config.run.dataset}")
+    where = f"{comparison.backbone}, weights {comparison.weights}, on {comparison.config.run.dataset}"
+    print_status(", ".join([where, *comparison.formats]))
     table = []
     reasons = []
     rows = ranked([row.model_dump(mode="json") for row in comparison.rows], comparison.metric_info)

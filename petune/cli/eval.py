@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from petune.cli.options import BatchSize, Device, Json, Precision, Source, TrustRemoteCode, Weights, user_path
+from petune.cli.options import BatchSize, Device, Json, RunPrecision, Source, TrustRemoteCode, Weights, user_path
 from petune.cli.terminal import one_line, print_facts, print_json, print_status, print_table
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def evaluate(
     data_dir: DataDir = None,
     weights: Weights = None,
     device: Device = "auto",
-    precision: Precision = "auto",
+    precision: RunPrecision = None,
     batch_size: BatchSize = 128,
     trust_remote_code: TrustRemoteCode = False,
     output: Output = None,

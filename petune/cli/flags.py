@@ -99,7 +99,7 @@ FLAGS = (
     _train("label-smoothing", float, "Label smoothing.", "0.0"),
     _train("mixup", float, "Mixup alpha; 0 turns it off.", "0.0"),
     _train("cutmix", float, "CutMix alpha; 0 turns it off.", "0.0"),
-    _train("precision", str, "Number format; auto uses the fastest on this device.", "auto", "auto|fp32|tf32|bf16"),
+    _train("precision", str, "Number format; auto is bf16 if the device has it.", "auto", "auto|fp32|tf32|bf16"),
     _train("grad-checkpointing", bool, "Recompute activations in the backward pass to save memory."),
     _train("compile", bool, "Compile the forward pass with torch.compile."),
     _train("cache-features", str, "Compute the output of frozen layers only once.", "auto", "auto|always|never"),

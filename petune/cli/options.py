@@ -74,7 +74,11 @@ Weights = Annotated[
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="Device: auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16"],
-    typer.Option("--precision", metavar="auto|fp32|bf16", help="Number format; auto uses the fastest on this device."),
+    typer.Option("--precision", metavar="auto|fp32|bf16", help="Number format; auto is bf16 if the device has it."),
+]
+RunPrecision = Annotated[
+    Literal["auto", "fp32", "bf16"] | None,
+    typer.Option("--precision", metavar="auto|fp32|bf16", help="Number format.  [default: the run's]"),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="NUMBER", min=1, help="Batch size.")]
 

@@ -66,7 +66,7 @@ def predict(
     predictions = predictor.stream(images, top_k=top_k, batch_size=batch_size)
     if output is not None:
         predictions = _written(predictor, predictions, user_path(output))
-    print_as_table = partial(_print_table, noun=predictor.file_kind.noun)
+    print_as_table = partial(_print_table, noun=predictor.file_kind.noun, precision=predictor.precision)
     show = _print_lines if json else _print_csv if csv else print_as_table
     predicted, unreadable = show(predictions)
     reasons = [one_line(prediction.error) for prediction in unreadable]
@@ -128,7 +128,7 @@ def _print_csv(predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]
     return len(every) - len(unreadable), unreadable
 
 
-def _print_table(predictions: Iterable[Prediction], noun: str) -> tuple[int, list[Prediction]]:
+def _print_table(predictions: Iterable[Prediction], noun: str, precision: str) -> tuple[int, list[Prediction]]:
     """Print the predictions as a table; return how many there are, and those of unreadable images."""
     from petune.cli.prediction_rows import table_of
 
@@ -140,5 +140,5 @@ def _print_table(predictions: Iterable[Prediction], noun: str) -> tuple[int, lis
         print_table(columns, rows, right=right, optional=optional)
         note = f", {len(unreadable)} unreadable" if unreadable else ""
         verb = "classified" if readable[0].kind in {"classes", "labels"} else "predicted"
-        print_status(f"{plural(len(rows), noun)} {verb}{note}")
+        print_status(f"{plural(len(rows), noun)} {verb} in {precision}{note}")
     return len(readable), unreadable

@@ -16,7 +16,7 @@ from petune.injector.registry import build_tuner
 from petune.injector.tuner import TunerConfig
 from petune.runner.compare_config import MAY_GROW, CompareConfig
 from petune.runner.compare_differences import with_differences
-from petune.runner.comparison import Comparison, origins_of, summarize
+from petune.runner.comparison import Comparison, note_of_formats, origins_of, summarize
 from petune.runner.directory_kind import check_kind
 from petune.runner.events import RunEvent, RunStarted, WatchRuns
 from petune.runner.executors import Executor, FromRun, Started, choose_executor
@@ -190,7 +190,7 @@ def _write(config: CompareConfig, results: Sequence[RunResult], reasons: dict[st
         task=task,
         metric_info=metrics,
         rows=found.rows,
-        conclusion=found.conclusion,
+        conclusion=f"{found.conclusion} {note_of_formats(results)}".strip(),
         intervals=found.intervals,
         backbone=results[0].backbone_full_name if results else config.run.backbone,
         weights=results[0].weights if results else config.run.weights,

@@ -19,7 +19,7 @@ from petune.runner.differences import Difference
 from petune.runner.file_names import COMPARE_PAGE, COMPARE_PLOT, COMPARE_TABLE
 from petune.runner.migrations import updated_comparison
 from petune.runner.report.charts import metric_file
-from petune.runner.report.tables import cells, compare_columns, comparison_page, ranked
+from petune.runner.report.tables import cells, compare_columns, comparison_page, ranked, seeds_by_method
 from petune.runner.result import RunResult
 from petune.runner.saved_table import read_saved
 
@@ -96,8 +96,8 @@ class Comparison(Config):
     Attributes:
         task, metric_info: Of all runs; the first metric sorts the rows.
         provenance: Of the last run.
-        conclusion: What was found, in sentences: the best method, clear differences and those that are not; empty with
-            a single method.
+        conclusion: What was found, in sentences: the best method, clear differences and those that are not, runs in
+            different number formats; empty with a single method in one format.
         intervals: What the intervals of the differences are, in a sentence.
         origins: Filled in where runs differ in machine, threads, number format, versions or commit.
     """
@@ -122,6 +122,12 @@ class Comparison(Config):
             CheckpointError: It is missing or damaged.
         """
         return read_saved(cls, directory / COMPARE_TABLE, "is not the table of a comparison", updated_comparison)
+
+    @property
+    def formats(self) -> list[str]:
+        """Return the number formats that the runs computed in."""
+        every = [origin.provenance for origin in self.origins] or [self.provenance]
+        return list(dict.fromkeys(one["precision"] for one in every if one.get("precision")))
 
     def write(self, directory: Path) -> None:
         """Write `compare.json`, `compare.md` and `compare.svg` into an existing directory."""
@@ -202,6 +208,18 @@ def _why_not_comparable(results: Sequence[RunResult]) -> str:
         f"rates of {first.lr:g} and {other.lr:g}. The method's package was updated between them. Remove "
         f"{first.output} or {other.output}, and compare again"
     )
+
+
+def note_of_formats(results: Sequence[RunResult]) -> str:
+    """Say which runs computed in which number format, if they differ; empty if all are the same."""
+    runs: dict[str, dict[str, tuple[int, ...]]] = {}
+    for result in results:
+        seeds = runs.setdefault(str(result.provenance.get("precision")), {})
+        seeds[result.method] = (*seeds.get(result.method, ()), result.seed)
+    if len(runs) < 2:
+        return ""
+    listed = "; ".join(f"{name}: {seeds_by_method(of_method)}" for name, of_method in runs.items())
+    return f"The runs differ in number format, so their speed cannot be compared ({listed})."
 
 
 def origins_of(results: Sequence[RunResult]) -> tuple[Origin, ...]:

@@ -119,6 +119,7 @@ class RunResult(Config):
         of_all = format_percent(self.percent_of_total, 3)
         of_backbone = format_percent(self.percent_of_backbone, 3)
         share = f"{of_all} of all parameters, {of_backbone} of backbone and head"
+        precision = self.provenance.get("precision", "precision not recorded")
         again = "; then trained again on train and val" if "final_fit" in self.provenance else ""
         return [
             ("method", self.method),
@@ -130,7 +131,7 @@ class RunResult(Config):
             ("tuned", f"{self.tuned:,}  (with the head {share})"),
             ("head", f"{self.head:,}"),
             ("saved", format_size(self.adapter_bytes)),
-            ("training", f"{self.images_per_s:,.0f} {unit}/s, {format_duration(self.time_s)}"),
+            ("training", f"{self.images_per_s:,.0f} {unit}/s, {format_duration(self.time_s)}, {precision}"),
             ("peak memory", format_size(self.peak_memory_bytes)),
             ("output", self.output),
         ]

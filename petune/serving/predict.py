@@ -29,7 +29,13 @@ from petune.serving.whole_image import WholeImage, whole_outputs
 from petune.sites.logits import logits_of
 from petune.training.config import Precision
 from petune.training.evaluate import mean_of_views
-from petune.training.precision import choose_attention, choose_device, choose_precision, set_float32_products
+from petune.training.precision import (
+    choose_attention,
+    choose_device,
+    choose_precision,
+    precision_of_run,
+    set_float32_products,
+)
 
 if TYPE_CHECKING:
     from petune.serving.image_transform import LoadedImage
@@ -62,7 +68,7 @@ class Predictor:
         *,
         weights: str | None = None,
         device: str = "auto",
-        precision: Precision = "fp32",
+        precision: Precision | None = "fp32",
         trust_remote_code: bool = False,
     ) -> None:
         """Rebuild the backbone of a run and load its adapter.
@@ -71,7 +77,8 @@ class Predictor:
             path: A run directory, or an adapter directory.
             weights: Where the backbone's weights are now; None takes them from where the run did.
             device: As in a run.
-            precision: fp32 by default, because in bf16 the logits of an image depend slightly on its batch.
+            precision: fp32 by default, because in bf16 the logits of an image depend slightly on its batch. None is
+                that of the run, or fp32 where this device has no instructions for it.
             trust_remote_code: Allow a backbone that is built by the function `package.module:factory`.
 
         Raises:
@@ -82,10 +89,15 @@ class Predictor:
             ConfigError: There is no such device or precision.
         """
         self.device = choose_device(device)
-        self.precision = choose_precision(precision, self.device)
-        set_float32_products(self.precision, self.device)
+        if precision is not None:
+            choose_precision(precision, self.device)  # an unknown one is an error before the model is built
         restored = restore(Path(path), weights, trust_remote_code=trust_remote_code)
         self.metadata = restored.metadata
+        if precision is None:
+            self.precision = precision_of_run(self.run_precision, self.device)
+        else:
+            self.precision = choose_precision(precision, self.device)
+        set_float32_products(self.precision, self.device)
         self.method = restored.attachment.name
         self.attachment = restored.attachment
         self.sites = restored.attachment.sites
@@ -95,6 +107,11 @@ class Predictor:
         self.model = restored.backbone.model.to(self.device).eval()
         choose_attention(self.model, self.device, self.precision)
         self._lock = threading.Lock()  # hooks hold activations during a forward
+
+    @property
+    def run_precision(self) -> str | None:
+        """Number format that the run was trained and tested in; None if it recorded none."""
+        return (self.metadata.get("training") or {}).get("precision")
 
     def outputs(self, x_BCHW: Tensor) -> Tensor:
         """Return the head's outputs, float32 (B, …), for normalized images (B, C, H, W) on the device; thread-safe."""

@@ -58,8 +58,9 @@ class TrainConfig(Config):
             a list of torchvision's augmentations: `[random_resized_crop: {scale: [0.5, 1.0]}, horizontal_flip]`.
             `auto` takes the dataset's own preset.
         grad_clip: Largest gradient norm; None does not clip. 1 keeps rare large steps from ending a run.
-        precision: Number format of forward and backward; trainable parameters stay in float32. `auto` measures whether
-            bfloat16 is faster on this device. `tf32` lets an NVIDIA GPU round float32 products.
+        precision: Number format of forward and backward; trainable parameters stay in float32. `auto` takes
+            bfloat16 where the device has instructions for it, the same on one machine in every run. `tf32` lets an
+            NVIDIA GPU round float32 products.
         grad_checkpointing: Keep only the input of each block and compute the block again in the backward pass: less
             memory for about a third more time.
         compile: Compile the training forward with torch.compile. Off, because compiling takes a minute or more, pays

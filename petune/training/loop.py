@@ -361,7 +361,7 @@ class Trainer:
         self.state.load(checkpoint)
         self.progress.check_batches(self.batches, self.job.directory)
         self.progress.record_batches(self.batches)
-        self._apply_precision()  # that of the checkpoint: `auto` may choose another on a busy machine
+        self._apply_precision()  # that of the checkpoint: `auto` may choose another on this machine
 
     def _save(self) -> None:
         p = self.progress

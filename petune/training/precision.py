@@ -1,10 +1,9 @@
-"""Devices and number formats. Which format is faster is measured: processors differ by a factor of a thousand."""
+"""Devices and number formats."""
 
 from __future__ import annotations
 
-import math
-import time
-from functools import cache
+import platform
+import sys
 from typing import get_args
 
 import torch
@@ -12,11 +11,6 @@ from torch import nn
 
 from petune.base.errors import ConfigError
 from petune.training.config import NumberFormat, Precision
-
-MIN_BF16_SPEEDUP = 1.5
-"""`auto` takes bfloat16 on a CPU if its matrix product is this many times as fast as that of float32."""
-SLOW_BF16 = 0.7
-MIN_ROUNDS = 4
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,7 +31,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> NumberFormat:
-    """Return `wanted`; for `auto`, bfloat16 where it is faster.
+    """Return `wanted`; for `auto`, bfloat16 where the device computes it fast: always the same on one machine.
 
     Raises:
         ConfigError: There is no such format, or it is `tf32` and the device is not an NVIDIA GPU.
@@ -52,7 +46,7 @@ def choose_precision(wanted: Precision, device: torch.device) -> NumberFormat:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type != "cpu":
         return "fp32"
-    return "bf16" if bf16_speedup_on_cpu() >= MIN_BF16_SPEEDUP else "fp32"
+    return "bf16" if has_fast_bf16() else "fp32"
 
 
 def set_float32_products(precision: NumberFormat, device: torch.device) -> None:
@@ -70,58 +64,40 @@ def autocast(device: torch.device, precision: NumberFormat) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def precision_of_run(recorded: object, device: torch.device) -> NumberFormat:
+    """Return the format that a run recorded; float32 where this device cannot compute in it, or only emulates it."""
+    formats: tuple[NumberFormat, ...] = get_args(NumberFormat)
+    wanted = next((name for name in formats if name == recorded), None)
+    if wanted is None:
+        return choose_precision("auto", device)
+    is_emulated = wanted == "bf16" and choose_precision("auto", device) != "bf16"
+    return "fp32" if is_emulated or (wanted == "tf32" and device.type != "cuda") else wanted
+
+
 def precision_note(wanted: Precision, precision: NumberFormat, device: torch.device) -> str:
-    """Say that `auto` took bfloat16, or warn of it where a CPU emulates it; an empty string otherwise."""
-    if precision != "bf16":
+    """Say which format `auto` took, or warn of bfloat16 where a CPU emulates it; an empty string otherwise."""
+    emulates = device.type == "cpu" and not has_fast_bf16()
+    if precision == "bf16" and emulates:
+        return "bfloat16 is slow on this processor, which has no instructions for it. Use precision auto or fp32"
+    if wanted != "auto":
         return ""
-    if device.type != "cpu" or (speedup := bf16_speedup_on_cpu()) > SLOW_BF16:
-        return "precision auto: bfloat16 is faster on this device, and used" if wanted == "auto" else ""
-    return (
-        f"bfloat16 is slow on this processor: a matrix product takes {1 / speedup:.2g} times as long as in float32. "
-        "Use precision auto or fp32"
-    )
+    reason = ", because this processor has no instructions for bfloat16" if emulates else ""
+    return f"precision auto: {'bfloat16' if precision == 'bf16' else 'float32'}{reason}"
 
 
-@cache
-def bf16_speedup_on_cpu() -> float:
-    """Measure how many times as fast as in float32 a matrix product of a ViT is in bfloat16.
+def has_fast_bf16() -> bool:
+    """Return whether this processor has instructions for products in bfloat16, and PyTorch uses them.
 
-    A small product is measured first: it shows much sooner that bfloat16 is emulated. On an Intel Xeon with AMX the
-    small one gave 1.5 to 2.1, sometimes less than `auto` asks for, the large one 2.9 to 5.5.
+    Nothing is timed: on a busy machine one process then took bfloat16 and the next one float32. Processors with these
+    instructions were 1.5 to 5.5 times as fast with them, those without up to a thousand times slower.
     """
-    small = _bf16_speedup(rows=128, width=384)
-    return _bf16_speedup(rows=256, width=768) if small > 1 else small
-
-
-def _bf16_speedup(rows: int, width: int) -> float:
-    """Time both formats in turns on one thread, and compare the best of each.
-
-    Other load only ever adds time to one thread. Two that wait for each other gave ratios from 0.06 to 84 on a busy
-    machine where one gave 3.7 to 3.8: the same command then trained in another format.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _best_ratio(rows, width)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _best_ratio(rows: int, width: int) -> float:
-    best_s = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    operands = {
-        dtype: (torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)) for dtype in best_s
-    }
-    end = time.perf_counter() + 0.2
-    for number in range(30):
-        for dtype, (a, b) in operands.items():
-            start = time.perf_counter()
-            a @ b
-            if number:  # the first one warms up
-                best_s[dtype] = min(best_s[dtype], time.perf_counter() - start)
-        if number >= MIN_ROUNDS and time.perf_counter() > end:
-            break
-    return best_s[torch.float32] / best_s[torch.bfloat16]
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return sys.platform == "linux" and check is not None and bool(check())
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(bool(check()) for check in checks if check is not None)
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: str) -> list[nn.Module]:

@@ -93,6 +93,16 @@ def test_a_missing_seed_is_named(petune: Run, tiny: Words, tmp_path: Path) -> No
     assert "With fewer seeds: bitfit (seed 0)." in comparison_page(table)
 
 
+def test_different_number_formats_are_named_on_the_terminal(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    assert petune("compare", "linear", "bitfit", *tiny, "--output=there").code == 0
+    file = tmp_path / "there" / "bitfit-vit_nano-digits-seed0" / "result.json"
+    result = json.loads(file.read_text())
+    result["provenance"]["precision"] = "bf16"
+    file.write_text(json.dumps(result))
+    again = petune("compare", "linear", "bitfit", *tiny, "--output=there")
+    assert "fp32: linear (seed 0); bf16: bitfit (seed 0)" in again.err
+
+
 @pytest.mark.exhaustive
 def test_before_training_the_configuration_can_be_corrected(petune: Run, tiny: Words, tmp_path: Path) -> None:
     words = ("compare", "linear", *tiny, "--output", "there")

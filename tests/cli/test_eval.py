@@ -46,6 +46,21 @@ def test_the_result_of_the_run_is_reproduced(petune: Run, digits: Path, tmp_path
     assert (named.top1, named.num_images) == (val.top1, val.num_images)
 
 
+def test_the_number_format_is_that_of_the_run(
+    petune: Run, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petune.training.precision.has_fast_bf16", lambda: True)
+    assert petune("run", "--method=linear", *tiny, "--precision=bf16", "--output=half").code == 0
+    own = public.evaluate("half", device="cpu")
+    assert (own.precision, own.metrics) == ("bf16", RunResult.read(Path("half")).metrics)
+    monkeypatch.setattr("petune.training.precision.has_fast_bf16", lambda: False)
+    shown = petune("eval", "half", "--device=cpu", "--output=out")
+    assert "fp32; the run was tested in bf16" in shown.out + shown.err
+    monkeypatch.setattr("petune.training.precision.has_fast_bf16", lambda: True)
+    assert petune("run", "--method=linear", *tiny, "--output=full").code == 0  # fp32, here not what auto takes
+    assert public.evaluate("full", device="cpu").precision == "fp32"
+
+
 @pytest.mark.exhaustive
 def test_top_5_is_not_shown_for_two_classes(petune: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
     for name, value in (("cat", 10), ("dog", 150)):

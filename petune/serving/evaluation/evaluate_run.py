@@ -23,7 +23,7 @@ def evaluate(
     data_dir: Path | None = None,
     weights: str | None = None,
     device: str = "auto",
-    precision: Precision = "auto",
+    precision: Precision | None = None,
     batch_size: int = 128,
     trust_remote_code: bool = False,
 ) -> Evaluation:
@@ -38,7 +38,8 @@ def evaluate(
             so that no training image is evaluated.
         data_dir: Directory of downloaded datasets; None is the run's.
         weights: Where the backbone's weights are now; None takes them from where the run did.
-        device, precision: As in a run.
+        device: As in a run.
+        precision: None is that of the run, so that its own test gives the numbers of the run again.
         batch_size: Images per forward.
         trust_remote_code: Allow a backbone that is built by the function `package.module:factory`.
 
@@ -55,7 +56,7 @@ def evaluate(
         data_dir=(data_dir, PathText | None),
         weights=(weights, str | None),
         device=(device, str),
-        precision=(precision, str),
+        precision=(precision, str | None),
         batch_size=(batch_size, int),
         trust_remote_code=(trust_remote_code, bool),
     )

@@ -64,6 +64,7 @@ def evaluate_images(predictor: Predictor, images: EvalImages, batch_size: int) -
         "split": images.split,
         "source": images.source,
         "precision": predictor.precision,
+        "run_precision": predictor.run_precision,
         "num_images": len(rows),
         "trained_on": images.trained_on,
         "loss": sum(row.loss for row in rows) / len(rows),

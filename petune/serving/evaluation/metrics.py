@@ -81,7 +81,8 @@ class Evaluation(Config):
         classes: Metrics by class.
         confusion: Number of images by true class (row) and predicted class (column).
         bins: Bins of the reliability diagram.
-        precision: Precision of the forward passes.
+        precision: Number format of the forward passes.
+        run_precision: That of the run's training and test; None if it recorded none.
     """
 
     method: str
@@ -91,6 +92,7 @@ class Evaluation(Config):
     num_images: int
     loss: float
     precision: str
+    run_precision: str | None = None
     trained_on: bool = False
     task: str = "classification"
     metrics: dict[str, float] = {}
@@ -108,7 +110,10 @@ class Evaluation(Config):
         """Return the main results as names and values."""
         images = f"{self.num_images:,} of {self.dataset}, {self.split}"
         images += ", which the model was trained on" if self.trained_on else ""
-        return [("method", self.method), ("images", images), *self._values(), ("loss", f"{self.loss:.4f}")]
+        other = self.run_precision not in (None, self.precision)
+        precision = f"{self.precision}; the run was tested in {self.run_precision}" if other else self.precision
+        facts = [("method", self.method), ("images", images), *self._values()]
+        return [*facts, ("loss", f"{self.loss:.4f}"), ("precision", precision)]
 
     def class_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Return columns and rows of the metrics of each class or number, the worst first; empty if there are none.
