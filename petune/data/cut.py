@@ -38,6 +38,10 @@ class Samples:
     rows: Positions
     groups: Positions | None = None
 
+    def units(self) -> Positions:
+        """Return the unit of each sample, int64 (N,)."""
+        return _units(self)[0]
+
 
 def held_out(samples: Samples, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Select a share of each stratum: at least one unit, and never all of them.

@@ -137,6 +137,7 @@ class Dataset:
         refit: The protocol of the dataset trains again on train and val when val has chosen; see `final_fit`.
         may_lack_classes: The names of the classes come with the dataset, so that some may have no training image.
         cut_test: `with_test` cut the test split from train.
+        kept_splits: Images are in the splits that an earlier run had them in; see `petune.runner.kept_splits`.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Dataset:
     refit: bool = False
     may_lack_classes: bool = False
     cut_test: bool = False
+    kept_splits: bool = False
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -73,14 +74,17 @@ def _check_fold(dataset: Dataset, pool: Split, in_test: NDArray[np.bool_], where
 
 def _pool(dataset: Dataset) -> Split:
     """Return all images to divide: train, and test if petune cut it from them."""
-    train, test = dataset.train, dataset.test
-    if not dataset.cut_test:
-        return train
+    return pooled([dataset.train, dataset.test]) if dataset.cut_test else dataset.train
+
+
+def pooled(splits: Sequence[Split]) -> Split:
+    """Return one split of several that share their images."""
+    first = splits[0]
     return replace(
-        train,
-        targets=train.targets if train.has_masks else np.concatenate([train.targets, test.targets]),
-        rows=np.concatenate([train.rows, test.rows]),
-        weights=joined(train.weights, test.weights),
-        groups=joined(train.groups, test.groups),
-        names=joined(train.names, test.names),
+        first,
+        targets=first.targets if first.has_masks else np.concatenate([split.targets for split in splits]),
+        rows=np.concatenate([split.rows for split in splits]),
+        weights=joined(*(split.weights for split in splits)),
+        groups=joined(*(split.groups for split in splits)),
+        names=joined(*(split.names for split in splits)),
     )

@@ -93,9 +93,10 @@ def _joined_images(first: Images, second: Images) -> Images:
     return (JoinedClips if has_videos else JoinedImages)(first, second)
 
 
-def joined(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:
-    """Return what is known of the images of two splits, in one array; None if it is not known of one."""
-    return None if first is None or second is None else np.concatenate([first, second])
+def joined(*parts: NDArray[Any] | None) -> NDArray[Any] | None:
+    """Return what is known of the images of several splits, in one array; None if it is not known of one."""
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 def _joined_weights(train: Split, val: Split) -> NDArray[np.float64] | None:

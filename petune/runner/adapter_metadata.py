@@ -56,6 +56,7 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
         **({"dataset_license": dataset.license} if dataset.license else {}),
         **({"dataset_citation": dataset.citation} if dataset.citation else {}),
         "images": digests(read_record(trained.run_dir / MANIFEST_FILE)),
+        **({"kept_splits": True} if dataset.kept_splits else {}),
         "training": {
             "val_metrics": fit.val.report(trained.metric_info) if fit.val else None,
             "epochs": len(fit.epochs),

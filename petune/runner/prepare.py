@@ -27,6 +27,7 @@ from petune.runner.backbone_dropout import choose_backbone_dropout
 from petune.runner.check_options import check_head, check_layer_decay
 from petune.runner.continued import check_same_model, describe_start, keeps_head, tensors_digest
 from petune.runner.input_tokens import warn_of_tokens
+from petune.runner.kept_splits import record_splits
 from petune.runner.provenance import PeakMemory, record_git_state
 from petune.runner.recipes import complete_options
 from petune.runner.run_adapter import InitialValues, read_run_adapter
@@ -132,6 +133,8 @@ def prepare(
         images = _prepare_images(config, recipe, context, device, with_val=with_val)
         inputs = _inputs(images, tuner)
         group.broadcast(lambda: check_inputs(context.run_dir, inputs))
+        if not with_val:
+            group.broadcast(lambda: record_splits(context.run_dir, config, images.dataset))
         backbone = _prepare_model(images, tuner, context, device, keep_head=keep_head)
         memory = PeakMemory(device)
         attachment = _attach(config, tuner, backbone, device, context)
@@ -150,7 +153,7 @@ def _prepare_images(
 ) -> _Images:
     """Read the images and fit the task to them; complete the training options, and check them."""
     group = context.group
-    dataset = group.main_first(lambda: prepare_data(config))
+    dataset = group.main_first(lambda: prepare_data(config, context.run_dir))
     if config.from_run is not None:
         group.main_first(lambda: check_unseen(config, dataset))
     if with_val:

@@ -19,14 +19,20 @@ from petune.data.merge import merge_val
 from petune.data.registry import parse_dataset
 from petune.data.video.clips import Clips
 from petune.runner.continued import DATA_KEYS, config_of_run
+from petune.runner.kept_splits import keep_splits
 from petune.runner.run_config import RunConfig
 from petune.runner.run_preprocess import are_convertible
 
 CHUNK = 256
 
 
-def prepare_data(config: RunConfig) -> Dataset:
-    """Load the dataset and cut its val split, which is the same for every seed; draw few-shot images by the seed."""
+def prepare_data(config: RunConfig, run_dir: Path | None = None) -> Dataset:
+    """Load the dataset and cut its val split, which is the same for every seed; draw few-shot images by the seed.
+
+    Args:
+        config: The run.
+        run_dir: Its directory, which may record the splits that it started with; None if it is not known.
+    """
     side = input_side(config.backbone, config.image_size, config.backbone_options)
     frames = input_frames(config.backbone, config.backbone_options)
     dataset = load_dataset(
@@ -41,7 +47,9 @@ def prepare_data(config: RunConfig) -> Dataset:
     check_channels_option(config, dataset)
     if config.folds is not None and config.fold is not None:
         dataset = fold_of(dataset, config.folds, config.fold)
+    val_is_cut = not len(dataset.val)
     dataset = dataset.with_val(config.val_fraction, seed=0)
+    dataset = keep_splits(config, dataset, run_dir, val_is_cut=val_is_cut)
     if config.shots is not None:
         dataset = dataset.with_shots(config.shots, config.seed)
     return dataset
@@ -122,7 +130,7 @@ def check_unseen(config: RunConfig, dataset: Dataset) -> None:
         ConfigError: An image of val or test was trained on.
     """
     before = config_of_run(config)
-    if before is None or _place(before) != _place(config):
+    if before is None or dataset.kept_splits or _place(before) != _place(config):
         return
     same = all(getattr(before, key) == getattr(config, key) for key in DATA_KEYS)
     if same and not has_final_fit(before, dataset):

@@ -14,11 +14,11 @@ from petune.base.config import Config
 from petune.base.errors import UsageError
 from petune.base.files import Lock, replace_file, try_lock
 from petune.runner.directory_kind import check_kind
-from petune.runner.file_names import CONFIG_FILE, INPUTS_FILE, LOCK_FILE, MANIFEST_FILE
+from petune.runner.file_names import CONFIG_FILE, INPUTS_FILE, LOCK_FILE, MANIFEST_FILE, SPLITS_FILE
 from petune.runner.migrations import migrate_run_dir
 from petune.runner.stored_config import changed_values, has_trained, refuse_changes, write_config
 
-WRITTEN_BEFORE_TRAINING = {CONFIG_FILE, LOCK_FILE, INPUTS_FILE, MANIFEST_FILE}
+WRITTEN_BEFORE_TRAINING = {CONFIG_FILE, LOCK_FILE, INPUTS_FILE, MANIFEST_FILE, SPLITS_FILE}
 """Files of a run that failed before its first step; none of them is worth keeping."""
 PARTIAL_WRITES = (".adapter-????????", "checkpoints/.step-?????????-????????")
 """Directories that `petune.base.files.write_directory` was writing when its process was killed."""
@@ -146,7 +146,7 @@ def _create(run_dir: Path, resume: bool) -> tuple[bool, IO[str]]:
 def _start_over(run_dir: Path, config: Config, may_change: Collection[str], tables: Collection[str]) -> None:
     """Remove the records of earlier inputs, and of a different configuration, from a directory without training."""
     outdated = (CONFIG_FILE, *tables) if changed_values(run_dir, config, may_change) else ()
-    for name in (INPUTS_FILE, MANIFEST_FILE, *outdated):
+    for name in (INPUTS_FILE, MANIFEST_FILE, SPLITS_FILE, *outdated):
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -31,6 +31,11 @@ def check_val(ingredients: Sequence[Ingredient]) -> None:
                 f"{ingredient.path} was trained on val in the end (final_fit), so val cannot choose what to average. "
                 "Use the algorithm uniform, or runs with final_fit=none"
             )
+        if ingredient.metadata.get("kept_splits"):
+            raise UsageError(
+                f"{ingredient.path} has the splits of an earlier run, so its options do not say which images val has. "
+                "Use the algorithm uniform"
+            )
         different = [key for key in SPLIT_KEYS if config.get(key) != configs[0].get(key)]
         if different:
             key = different[0]

@@ -23,7 +23,8 @@ from petune.data.reader import LabeledFiles
 from petune.data.registry import build_reader
 from petune.data.video.clips import Clips
 from petune.data.video.options import ClipOptions
-from petune.runner.file_names import CONFIG_FILE
+from petune.runner.file_names import CONFIG_FILE, SPLITS_FILE
+from petune.runner.kept_splits import read_splits
 from petune.runner.migrations import read_config
 from petune.runner.run_config import RunConfig
 from petune.runner.run_data import prepare_data
@@ -100,7 +101,14 @@ def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
         return _file_images(dataset, labeled, predictor)
     if is_own:
         check_training_images(dataset, trained_digests, request.data_dir)
-    data = prepare_data(_run_config(predictor.metadata, dataset, is_own, request))
+    run_dir = next((path for path in (request.path, request.path.parent) if (path / CONFIG_FILE).is_file()), None)
+    if is_own and predictor.metadata.get("kept_splits") and read_splits(run_dir) is None:
+        raise UsageError(
+            f"{request.path} has the splits of an earlier run, which are in the {SPLITS_FILE} of its run directory. "
+            "Give the run directory, or other images: dataset='folder:PATH'",
+            cli_hint="Name other images with --dataset folder:PATH",
+        )
+    data = prepare_data(_run_config(predictor.metadata, dataset, is_own, request, run_dir), run_dir)
     images = _split_images(dataset, data, predictor, request.split)
     has_val = "final_fit" in predictor.metadata.get("training", {})
     return replace(images, trained_on=is_own and has_val and request.split == "val")
@@ -123,13 +131,14 @@ def _check_exists(path: Path, trained_on: str) -> None:
         )
 
 
-def _run_config(metadata: Mapping[str, Any], dataset: str, is_own: bool, request: EvalRequest) -> RunConfig:
+def _run_config(
+    metadata: Mapping[str, Any], dataset: str, is_own: bool, request: EvalRequest, run_dir: Path | None
+) -> RunConfig:
     """Return the config that defines the splits: the run's own, or without one what the adapter records."""
-    file = next((path for path in (request.path, request.path.parent) if (path / CONFIG_FILE).is_file()), None)
     recorded = metadata.get(VAL_SPLIT)
     values: dict[str, Any] = {}
-    if is_own and file is not None and recorded is None:
-        values = read_config(file / CONFIG_FILE)
+    if is_own and run_dir is not None and recorded is None:
+        values = read_config(run_dir / CONFIG_FILE)
     elif is_own and request.split == "val" and recorded is None:
         raise UsageError(
             f"the val split of {request.path} is unknown, because there is no {CONFIG_FILE} next to the adapter. Give "
@@ -144,7 +153,7 @@ def _run_config(metadata: Mapping[str, Any], dataset: str, is_own: bool, request
             **(recorded if is_own and recorded else {}),
         }
     values = {**values, "dataset": dataset} | ({"data_dir": request.data_dir} if request.data_dir else {})
-    return RunConfig.build(values, str((file or request.path) / CONFIG_FILE))
+    return RunConfig.build(values, str((run_dir or request.path) / CONFIG_FILE))
 
 
 def _split_images(name: str, data: Dataset, predictor: Predictor, part: EvalSplit) -> EvalImages:
