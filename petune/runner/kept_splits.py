@@ -6,9 +6,9 @@ val and test. Images are recognized by the bytes of their files, or by their pix
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -41,15 +41,18 @@ class SplitRecord:
 
     Attributes:
         train, val, test: Of each split.
-        trained_before: What the runs that it continues trained on, besides its own training images.
+        trained_before: What the runs that it continues trained on, besides its own training images; None if that is not
+            known.
         kept: The splits are those of an earlier run, which no option says.
+        by_files: Digests are those of files, not of pixels.
     """
 
     train: frozenset[str]
     val: frozenset[str]
     test: frozenset[str]
-    trained_before: frozenset[str] = field(default_factory=frozenset)
-    kept: bool = False
+    trained_before: frozenset[str] | None
+    kept: bool
+    by_files: bool
 
     @property
     def images(self) -> frozenset[str]:
@@ -59,7 +62,7 @@ class SplitRecord:
     @property
     def trained_on(self) -> frozenset[str]:
         """Images that the model has been trained on, by this run and those before it."""
-        return self.train | self.trained_before
+        return self.train | (self.trained_before or frozenset())
 
     def part_of(self, digest: str) -> str | None:
         """Return the split that an image must stay in; None if it may be in any."""
@@ -78,8 +81,9 @@ def read_splits(run_dir: Path | None) -> SplitRecord | None:
     if not values:
         return None
     try:
-        sets = {key: frozenset(map(str, values[key])) for key in (*PARTS, "trained_before")}
-        return SplitRecord(**sets, kept=bool(values["kept"]))
+        before = None if values["trained_before"] is None else frozenset(map(str, values["trained_before"]))
+        train, val, test = (frozenset(map(str, values[part])) for part in PARTS)
+        return SplitRecord(train, val, test, before, bool(values["kept"]), bool(values["by_files"]))
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{run_dir}/{SPLITS_FILE} is damaged: {error!r}") from None
 
@@ -90,8 +94,10 @@ def record_splits(run_dir: Path, config: RunConfig, dataset: Dataset) -> None:
         return
     sets = {part: sorted({*image_digests(getattr(dataset, part))}) for part in PARTS}
     before = _record_of_start(config)
-    trained_before = sorted(before.trained_on - {*sets["train"]}) if before else []
-    record = {**sets, "trained_before": trained_before, "kept": dataset.kept_splits}
+    is_known = config.from_run is None or (before is not None and before.trained_before is not None)
+    trained_before = sorted((before.trained_on if before else frozenset()) - {*sets["train"]}) if is_known else None
+    kinds = {"kept": dataset.kept_splits, "by_files": _has_files(dataset.train)}
+    record = {**sets, "trained_before": trained_before, **kinds}
     write_record(run_dir / SPLITS_FILE, record)
 
 
@@ -129,7 +135,7 @@ def keep_splits(config: RunConfig, dataset: Dataset, run_dir: Path | None, *, va
             f"{config.dataset} has only {len(found)} of the {plural(len(record.images), 'image')} of "
             f"{config.from_run}, so nobody can tell whether the others are the same in other files. {WAYS}"
         )
-    known = record.images | record.trained_before
+    known = record.images | record.trained_on
     if not images & known:
         return dataset
     if config.folds is not None:
@@ -172,7 +178,7 @@ def _divided(config: RunConfig, dataset: Dataset, record: SplitRecord, movable: 
                 f"none of the {part} images of {config.from_run} is left in {config.dataset}, and no new one is in "
                 f"{part}. {WAYS}"
             )
-    num_new = sum(digest not in record.images | record.trained_before for digest in digest_N)
+    num_new = sum(digest not in record.images | record.trained_on for digest in digest_N)
     sizes = ", ".join(f"{part} {len(split):,}" for part, split in splits.items())
     note = f"every image of {config.from_run} stays in its split; {plural(num_new, 'new image')} divided ({sizes})"
     return replace(dataset, **splits, kept_splits=True).with_note(note)
@@ -240,13 +246,22 @@ def _directory(from_run: Path) -> Path:
 
 def image_digests(split: Split) -> Iterator[str]:
     """Yield a digest of each image: of its file, or of its pixels where it has none of its own."""
-    if split.names is not None and len(split) and Path(split.names[0]).is_file():
-        with ThreadPoolExecutor() as threads:
-            yield from threads.map(_file_digest, split.names.tolist())
+    if split.names is not None and _has_files(split):
+        yield from file_digests(split.names.tolist())
         return
     for start in range(0, len(split), CHUNK):
         for pixels in split.images[split.rows[start : start + CHUNK]]:
             yield blake2b(pixels.tobytes(), digest_size=8).hexdigest()
+
+
+def file_digests(names: Sequence[str]) -> Iterator[str]:
+    """Yield a digest of each file."""
+    with ThreadPoolExecutor() as threads:
+        yield from threads.map(_file_digest, names)
+
+
+def _has_files(split: Split) -> bool:
+    return split.names is not None and len(split) > 0 and Path(split.names[0]).is_file()
 
 
 def _file_digest(name: str) -> str:

@@ -61,6 +61,32 @@ def test_the_number_format_is_that_of_the_run(
     assert public.evaluate("full", device="cpu").precision == "fp32"
 
 
+def test_whether_images_were_trained_on_is_known_by_their_contents(
+    petune: Run, tiny: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    folder.rename(tmp_path / "own")
+    few = [flag for flag in tiny if not flag.startswith(("--shots", "--dataset"))]
+    assert petune("run", "--method=linear", *few, "--dataset=folder:own", "--output=first").code == 0
+    own = public.evaluate("first", device="cpu")
+    assert (own.trained_on, own.num_trained_on) == (False, 0)
+    for number, file in enumerate((tmp_path / "own").rglob("*.png")):
+        copy = tmp_path / "copies" / file.parent.name / f"{number}-copy.png"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    copies = public.evaluate("first", dataset="folder:copies", device="cpu")
+    assert copies.trained_on
+    assert own.num_images < copies.num_images - (copies.num_trained_on or 0) < copies.num_images / 2  # and val
+    for file in (tmp_path / "copies").rglob("*.png"):
+        Image.open(file).rotate(90).save(file)
+    assert public.evaluate("first", dataset="folder:copies", device="cpu").trained_on is False
+    alone = public.evaluate(tmp_path / "first" / "adapter", dataset="folder:copies", device="cpu")
+    assert alone.trained_on is False  # the run directory is around it
+    shutil.copytree(tmp_path / "first" / "adapter", tmp_path / "alone")
+    alone = public.evaluate(tmp_path / "alone", dataset="folder:copies", device="cpu")
+    assert alone.trained_on is None
+    assert "not known" in dict(alone.facts())["images"]
+
+
 @pytest.mark.exhaustive
 def test_top_5_is_not_shown_for_two_classes(petune: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
     for name, value in (("cat", 10), ("dog", 150)):

@@ -76,7 +76,7 @@ def test_unreadable_images_are_named(petune: Run, digits: Path, images: list[Pat
     assert "images/IMG_1.HEIC: not a readable image" in done.err
     assert "unsupported format; convert it" in done.err
     assert "error: ~nobody.png: no such file" in done.err
-    assert "5 images classified, 2 unreadable" in done.err
+    assert "5 images classified in fp32, 2 unreadable" in done.err
     assert "1 file left out, not read as images: 1 .mov" in done.err
 
 
@@ -101,7 +101,7 @@ def test_the_table(petune: Run, digits: Path, images: list[Path], tmp_path: Path
     heading, _, *rows = done.out.splitlines()
     assert heading.replace(" ", "") == "|image|class|probability|next|"
     assert len(rows) == 2
-    assert "2 images classified, 1 unreadable" in done.err
+    assert "2 images classified in fp32, 1 unreadable" in done.err
     assert "no images in empty" in done.err
     one = petune("predict", digits, images[0], "--top-k", 1)
     assert one.out.splitlines()[0].replace(" ", "") == "|image|class|probability|"

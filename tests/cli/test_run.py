@@ -34,7 +34,7 @@ top-# on val # % (epoch # of #)
 tuned # (with the head # % of all parameters, # % of backbone and head)
 head #
 saved # kB
-training # images/s, # s
+training # images/s, # s, fp#
 peak memory # MB
 output runs/linear-vit_nano-digits-seed#
 """

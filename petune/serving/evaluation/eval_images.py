@@ -24,7 +24,7 @@ from petune.data.registry import build_reader
 from petune.data.video.clips import Clips
 from petune.data.video.options import ClipOptions
 from petune.runner.file_names import CONFIG_FILE, SPLITS_FILE
-from petune.runner.kept_splits import read_splits
+from petune.runner.kept_splits import SplitRecord, file_digests, read_splits
 from petune.runner.migrations import read_config
 from petune.runner.run_config import RunConfig
 from petune.runner.run_data import prepare_data
@@ -63,7 +63,7 @@ class EvalImages:
         dataset, split, source: Where they come from; see `Evaluation`.
         names: The file or key of each image, or its position in the split.
         load: Loads images by position.
-        trained_on: The model was trained on them: val of a run that ended with a training on train and val.
+        num_trained_on: How many the model was trained on; None if that is not known.
         views: Clips and crops of each video; `load` returns all of them for each target.
     """
 
@@ -72,7 +72,7 @@ class EvalImages:
     source: str
     names: Sequence[str]
     load: Load
-    trained_on: bool = False
+    num_trained_on: int | None = None
     views: int = 1
 
     def batches(self, batch_size: int) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
@@ -96,12 +96,13 @@ def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
         _check_exists(request.path, trained_on)
     dataset = trained_on if request.dataset is None else request.dataset
     is_own = request.dataset is None or is_training_dataset(dataset, trained_on, trained_digests)
+    run_dir = next((path for path in (request.path, request.path.parent) if (path / CONFIG_FILE).is_file()), None)
     labeled = None if is_own else build_reader(dataset).labeled_files(request.split)
     if labeled is not None:
-        return _file_images(dataset, labeled, predictor)
+        images = _file_images(dataset, labeled, predictor)
+        return replace(images, num_trained_on=_num_trained_on(labeled, read_splits(run_dir)))
     if is_own:
         check_training_images(dataset, trained_digests, request.data_dir)
-    run_dir = next((path for path in (request.path, request.path.parent) if (path / CONFIG_FILE).is_file()), None)
     if is_own and predictor.metadata.get("kept_splits") and read_splits(run_dir) is None:
         raise UsageError(
             f"{request.path} has the splits of an earlier run, which are in the {SPLITS_FILE} of its run directory. "
@@ -110,8 +111,19 @@ def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
         )
     data = prepare_data(_run_config(predictor.metadata, dataset, is_own, request, run_dir), run_dir)
     images = _split_images(dataset, data, predictor, request.split)
+    if not is_own:
+        return images
     has_val = "final_fit" in predictor.metadata.get("training", {})
-    return replace(images, trained_on=is_own and has_val and request.split == "val")
+    return replace(images, num_trained_on=len(images.names) if has_val and request.split == "val" else 0)
+
+
+def _num_trained_on(labeled: LabeledFiles, record: SplitRecord | None) -> int | None:
+    """Return how many files have the bytes of a training image; None if the run or one before did not record them."""
+    files = [str(file) for file in labeled.files if isinstance(file, str | Path)]
+    if record is None or not record.by_files or len(files) < len(labeled.files):
+        return None
+    seen = sum(digest in record.trained_on for digest in file_digests(files))
+    return None if record.trained_before is None and not seen else seen
 
 
 def _check_exists(path: Path, trained_on: str) -> None:

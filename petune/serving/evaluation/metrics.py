@@ -71,7 +71,10 @@ class Evaluation(Config):
         metric_info: How to show them, the main one first.
         dataset, split, source: What was evaluated on, and where it was read from.
         num_images: Number of images.
-        trained_on: The model was trained on them, so the metrics are no measure of other images.
+        trained_on: The model was trained on some of them, so the metrics are no measure of other images. It was not if
+            they are of its own test split, or if their files have other bytes than those it was trained on; None if
+            that is not known: other datasets than folders, and adapters without their run directory.
+        num_trained_on: On how many; None if that is not known.
         top1, top5: Accuracy in percent; with fewer than five classes, top5 is 100.
         balanced_accuracy, macro_f1: Means of recall and F1 over the classes with images, in percent.
         loss: Mean of the task's loss.
@@ -93,7 +96,8 @@ class Evaluation(Config):
     loss: float
     precision: str
     run_precision: str | None = None
-    trained_on: bool = False
+    trained_on: bool | None = None
+    num_trained_on: int | None = None
     task: str = "classification"
     metrics: dict[str, float] = {}
     metric_info: tuple[Metric, ...] = ()
@@ -109,11 +113,19 @@ class Evaluation(Config):
     def facts(self) -> list[tuple[str, str]]:
         """Return the main results as names and values."""
         images = f"{self.num_images:,} of {self.dataset}, {self.split}"
-        images += ", which the model was trained on" if self.trained_on else ""
+        images += self._seen()
         other = self.run_precision not in (None, self.precision)
         precision = f"{self.precision}; the run was tested in {self.run_precision}" if other else self.precision
         facts = [("method", self.method), ("images", images), *self._values()]
         return [*facts, ("loss", f"{self.loss:.4f}"), ("precision", precision)]
+
+    def _seen(self) -> str:
+        """Say how many of the images the model was trained on."""
+        if self.trained_on is None:
+            return "; not known whether the model was trained on them"
+        if self.num_trained_on == self.num_images:
+            return ", which the model was trained on"
+        return f"; the model was trained on {self.num_trained_on:,} of them" if self.num_trained_on else ""
 
     def class_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Return columns and rows of the metrics of each class or number, the worst first; empty if there are none.
