@@ -120,7 +120,8 @@ class Edit:
 
         The adapter calls `inner` as often as it likes, also not at all, and with any number of images or tokens:
         `inner(x)` is what the site makes of (..., D), with all other adapters there; what they read before, outside of
-        the site, is the same in each call. A call under `torch.no_grad()` trains nothing inside.
+        the site, is the same in each call. A call under `torch.no_grad()` trains nothing inside. At a block with
+        prompts, x is without them: they enter and leave inside of `inner`.
 
         Args:
             site: A site, or several that the model calls one after another, such as all blocks and the final norm.

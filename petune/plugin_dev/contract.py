@@ -11,6 +11,7 @@ from petune.base.arguments import check_arguments
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Tuner
 from petune.plugin_dev.finding import Finding, examine_all, names_of
+from petune.plugin_dev.hidden_prompts import warn_of_hidden_prompts
 from petune.plugin_dev.properties import PROPERTIES
 from petune.plugin_dev.surroundings import Surroundings
 from petune.plugin_dev.tiny_models import tiny_timm
@@ -52,4 +53,5 @@ def examine(tuner: str | Tuner[Any], model: nn.Module | None = None, **options: 
         first = PROPERTIES[0]
         yield Finding(first.name, first.requirement, f"{changed}; then attaching fails: {error}")
         return
+    warn_of_hidden_prompts(trial.att.edit_log)
     yield from examine_all(PROPERTIES, trial)

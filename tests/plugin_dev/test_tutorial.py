@@ -27,7 +27,7 @@ def without_blank_lines(text: str) -> str:
 
 def test_all_code_blocks_are_found() -> None:
     assert len(FROM_FILES) >= 8
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
     assert TEXT.count("```python") + TEXT.count("```toml") == len(FROM_FILES) + len(EXAMPLES)
 
 
