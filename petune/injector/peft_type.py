@@ -24,7 +24,8 @@ from petune.base.errors import PetuneError, UsageError
 from petune.base.files import write_manifest
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
-from petune.injector.load import check_fits, fill
+from petune.injector.fits import check_fits
+from petune.injector.load import fill
 from petune.injector.registry import build_tuner, load_tuner
 from petune.injector.renamed import with_current_keys
 from petune.injector.saved_sites import sites_as_saved

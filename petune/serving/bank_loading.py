@@ -13,8 +13,9 @@ from petune.adapters.format import SavedAdapter
 from petune.adapters.reference_logits import have_same_features
 from petune.base.errors import CheckpointError
 from petune.injector.bank_hold import BankHold
+from petune.injector.fits import check_reference_logits
 from petune.injector.keys import label_of
-from petune.injector.load import attach_saved, check_reference_logits
+from petune.injector.load import attach_saved
 from petune.injector.renamed import with_current_keys
 from petune.injector.trainable import trainable_state_of
 from petune.serving.bank_forward import BankForward
