@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from petune.injector.attention import Attention, find_attention
 from petune.injector.edit_log import ChangedLayer, EditLog
 from petune.injector.hooks.around import Around
-from petune.injector.hooks.base import After, Before, idempotent, resting
+from petune.injector.hooks.base import idempotent, resting
 from petune.injector.hooks.keys_values import KeysValues
 from petune.injector.hooks.side import Side
 from petune.injector.hooks.torch_attention import Projections
@@ -19,15 +19,13 @@ from petune.injector.layers import LayerFinder
 from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
 from petune.injector.sparse import SparseParameters
+from petune.injector.sparse_placement import SparsePlacer
 from petune.injector.token_grid import TokenGrid, patch_convolution
 from petune.injector.trainable import TrainableState
 from petune.sites.required import (
     require_all_channels,
     require_block,
-    require_editable,
-    require_input,
     require_site,
-    require_whole,
 )
 from petune.sites.site import Block, Site, Sites
 
@@ -87,20 +85,11 @@ class Edit:
 
     def before(self, site: Site, adapter: nn.Module) -> None:
         """Replace what enters `site` by the adapter's output, a map from (..., D) to (..., D)."""
-        site = require_input(require_whole(require_editable(site, "before"), "before"), "before")
-        holder = Before(adapter, site.layout)
-        self._placer.call_qkv(site)
-        self._placer.add(holder, site, site)
-        self._placer.hook(site.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
+        self._placer.before(site, adapter)
 
     def after(self, site: Site, adapter: nn.Module) -> None:
         """Replace what leaves `site` by the adapter's output, a map from (..., D) to (..., D)."""
-        site = require_whole(require_editable(site, "after"), "after")
-        holder = After(adapter, site.layout)
-        holder.part = site.part
-        self._placer.call_qkv(site)
-        self._placer.add(holder, site, site)
-        self._placer.hook(site.exit.register_forward_hook(holder.leave, prepend=True))
+        self._placer.after(site, adapter)
 
     def stream(self, site: Site, adapter: nn.Module) -> None:
         """Replace the residual stream once at a tensor between modules, such as `block.mid`.
@@ -206,8 +195,8 @@ class Edit:
         if not isinstance(target, nn.Module | Site):
             parameters = list(target)
         if mask is not None:
-            return self._placer.train_entries(parameters, mask)
-        self._placer.refuse_trained(parameters)
+            return SparsePlacer(self._placer).train_entries(parameters, mask)
+        SparsePlacer(self._placer).refuse_trained(parameters)
         own = [p for p in parameters if id(p) not in self._layers.others]
         self._log.train_modules += modules
         self._log.unfrozen += own
@@ -328,7 +317,7 @@ class Edit:
         Raises:
             AttachError: A mask has another shape or dtype, or no true entry.
         """
-        self._placer.keep_zero(masks)
+        SparsePlacer(self._placer).keep_zero(masks)
         self._log.added_parameters += parameters
         self._log.added_modules += modules
         self._log.added_buffers += buffers

@@ -57,6 +57,8 @@ class Around(Holder):
         enter_layout: Of what enters the first one.
         exit_layout: Of what leaves the last one.
         others: All holders on the model, a list that grows. Each call of `inner` finds what they kept before the first.
+        num_repeated: Number of the modules, from the first, that are in one block and so are repeated together.
+        depth: 1 for the innermost adapter around the first module, then 2, and so on.
     """
 
     def __init__(
@@ -66,16 +68,17 @@ class Around(Holder):
         enter_layout: Layout,
         exit_layout: Layout,
         others: list[Holder],
+        *,
+        num_repeated: int,
+        depth: int,
     ) -> None:
         super().__init__(adapter)
         self.others = others
         self.links = links
         self.enter_layout = enter_layout
         self.exit_layout = exit_layout
-        self.num_repeated = 1
-        """Number of the modules, from the first, that are in one block and so are repeated together."""
-        self.depth = 1
-        """1 for the innermost adapter around the first module, then 2, and so on."""
+        self.num_repeated = num_repeated
+        self.depth = depth
         self.skipped: tuple[tuple[nn.Module, int], ...] = ()
         """The modules that pass on now, each with the phase that it goes back to."""
 
@@ -148,6 +151,11 @@ class Around(Holder):
     def clear(self) -> None:
         super().clear()
         self.finish()
+
+
+def num_around(module: nn.Module) -> int:
+    """Return the number of adapters around a module."""
+    return sum(isinstance(getattr(hook, "__self__", None), Around) for hook in module._forward_pre_hooks.values())
 
 
 class PassOn:

@@ -45,8 +45,6 @@ class Holder(nn.Module):
     """True if it acts on a tensor between modules."""
     reads_output = False
     """True if it reads what leaves its sites."""
-    part: Part = None
-    """The channels of a module's output that it changes."""
     passed: tuple[str, ...] = ()
     """Paths of the sites that the forward must pass for the adapter to be called."""
 
@@ -141,11 +139,12 @@ class Before(Holder):
 
 
 class After(Holder):
-    """Replaces the output of a module by `adapter(output)`."""
+    """Replaces the output of a module, or a part of its channels, by `adapter(output)`."""
 
-    def __init__(self, adapter: nn.Module, layout: Layout) -> None:
+    def __init__(self, adapter: nn.Module, layout: Layout, part: Part) -> None:
         super().__init__(adapter)
         self.layout = layout
+        self.part = part
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Replace the output; hook of the site."""

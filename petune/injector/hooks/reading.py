@@ -26,22 +26,34 @@ from petune.injector.hooks.base import (
     version_of,
     with_tensor,
 )
-from petune.sites.site import Layout
+from petune.sites.site import Layout, Site
 
 
 class Reader(Holder):
     """A holder that keeps what it reads until it adds.
 
+    Args:
+        adapter: The adapter.
+        enters: Where it reads.
+        exit: Where it adds.
+        leaving: It reads what leaves these sites.
+
     Attributes:
         keeps_copy: True if the tensor is replaced after it was read; see `stream.Stream`.
+        enter_parts: For each site of which the output is read, the channels that are read.
+        part: The channels that it adds to.
     """
 
     keeps_copy = False
-    enter_parts: tuple[Part, ...] = ()
-    """For each site of which the output is read, the channels that are read."""
 
-    def __init__(self, adapter: nn.Module) -> None:
+    def __init__(self, adapter: nn.Module, enters: Sequence[Site], exit: Site, *, leaving: bool) -> None:
         super().__init__(adapter)
+        self.between = all(site.read_only for site in enters)
+        self.reads_output = leaving
+        self.enter_layouts: tuple[Layout, ...] = tuple(site.layout for site in enters)
+        self.enter_parts: tuple[Part, ...] = tuple(site.part for site in enters)
+        self.exit_layout = exit.layout
+        self.part = exit.part
         self.versions: list[int] = []
         """How often each tensor that is kept was changed in place before."""
 
@@ -78,10 +90,8 @@ class Reader(Holder):
 class Parallel(Reader):
     """Adds `adapter(input of ENTER)`, or of its output, to the output of EXIT."""
 
-    def __init__(self, adapter: nn.Module, enter_layout: Layout, exit_layout: Layout) -> None:
-        super().__init__(adapter)
-        self.enter_layout = enter_layout
-        self.exit_layout = exit_layout
+    def __init__(self, adapter: nn.Module, enter: Site, exit: Site, *, leaving: bool) -> None:
+        super().__init__(adapter, [enter], exit, leaving=leaving)
         self.entered: Tensor | None = None
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -93,7 +103,7 @@ class Parallel(Reader):
     def read_output(self, module: nn.Module, args: Args, output: Any) -> None:
         """Keep the output instead; hook of ENTER."""
         if self.acts_at(module):
-            self.entered = part_of(tensor_of(output), self.enter_parts[0], self.enter_layout)
+            self.entered = part_of(tensor_of(output), self.enter_parts[0], self.enter_layouts[0])
             self.versions = [version_of(self.entered)]
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
@@ -108,7 +118,7 @@ class Parallel(Reader):
                 "and no adapter around the first of them may leave it out"
             )
         self.refuse_changed([x])
-        change = self.run(to_channels_last(x, self.enter_layout))
+        change = self.run(to_channels_last(x, self.enter_layouts[0]))
         return self.added(output, change, self.exit_layout)
 
     def snapshot(self) -> tuple[Tensor | None, list[int]]:
@@ -128,10 +138,8 @@ class Parallel(Reader):
 class Gather(Reader):
     """Adds `adapter([input of each of ENTERS])`, or of their outputs, to the output of EXIT."""
 
-    def __init__(self, adapter: nn.Module, enter_layouts: tuple[Layout, ...], exit_layout: Layout) -> None:
-        super().__init__(adapter)
-        self.enter_layouts = enter_layouts
-        self.exit_layout = exit_layout
+    def __init__(self, adapter: nn.Module, enters: Sequence[Site], exit: Site, *, leaving: bool) -> None:
+        super().__init__(adapter, enters, exit, leaving=leaving)
         self.entered: list[Tensor] = []
 
     def enter_first(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:

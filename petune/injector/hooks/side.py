@@ -35,15 +35,17 @@ class Side(Holder):
 
     Attributes:
         layouts: Of the sites.
+        reads_output: True if the cell reads what leaves them.
         state: What the cell returned at the last site; None before the first one.
         next_index: The site that comes next.
         last_shape: Of what the cell read at the last site.
         records: For each site, the states that a repetition of its block needs.
     """
 
-    def __init__(self, adapter: nn.Module, layouts: tuple[Layout, ...]) -> None:
+    def __init__(self, adapter: nn.Module, layouts: tuple[Layout, ...], *, reads_output: bool) -> None:
         super().__init__(adapter)
         self.layouts = layouts
+        self.reads_output = reads_output
         self.state: Tensor | None = None
         self.next_index = 0
         self.last_shape: torch.Size | None = None

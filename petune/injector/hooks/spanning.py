@@ -16,7 +16,7 @@ from torch.autograd import Variable
 
 from petune.injector.hooks.base import Args, Kwargs, in_backward, tensor_of, version_of
 from petune.injector.hooks.reading import Gather
-from petune.sites.site import Layout, Site, Sites
+from petune.sites.site import Site, Sites
 
 ADVICE = "Use gradient checkpointing with use_reentrant=False"
 
@@ -26,15 +26,12 @@ class Spanning(Gather):
 
     Args:
         adapter: Maps a list of tensors, or a single tensor.
-        enter_layouts: Of ENTERS.
-        exit_layout: Of EXIT.
+        enters, exit, leaving: See `Reader`.
         single: True for an adapter that maps a single tensor.
     """
 
-    def __init__(
-        self, adapter: nn.Module, enter_layouts: tuple[Layout, ...], exit_layout: Layout, *, single: bool
-    ) -> None:
-        super().__init__(adapter, enter_layouts, exit_layout)
+    def __init__(self, adapter: nn.Module, enters: Sequence[Site], exit: Site, *, leaving: bool, single: bool) -> None:
+        super().__init__(adapter, enters, exit, leaving=leaving)
         self.single = single
         self.records = ForwardRecords()
 
