@@ -173,9 +173,8 @@ def _number_format(model: nn.Module) -> str | None:
 
 def _rounded_outputs(model: nn.Module, sites: Sites, fewer_bits: int) -> tuple[dict[str, Tensor], list[int]]:
     """Return `_outputs` when the output of every layer but the classifier is rounded."""
-    head = sites.parts.get("head")
     is_half = next(model.parameters()).dtype in {torch.float16, torch.bfloat16}
-    in_head = {m for bound in head.modules for m in bound.modules()} if head is not None else set()
+    in_head = sites.head_modules()
     layers = [m for m in model.modules() if m not in in_head and not any(True for _ in m.children())]
     bits = (MANTISSA_BITS_IN_HALF if is_half else MANTISSA_BITS) - fewer_bits
     hook: Callable[..., Any] = partial(_rounded, bits)

@@ -31,7 +31,7 @@ from petune.backbones.weights import Weights, bundled_file, find_weights, fittin
 from petune.base.errors import AttachError, ConfigError, WeightsUnavailable
 from petune.base.imports import quick_imports
 from petune.sites.input_size import frames_of
-from petune.sites.site import Site, Sites
+from petune.sites.site import Site, Sites, modules_in
 
 
 @dataclass(frozen=True)
@@ -307,8 +307,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _head_keys(model: nn.Module, head: Site | None) -> set[str]:
-    modules = {id(module) for part in (head.modules if head else ()) for module in part.modules()}
-    prefixes = tuple(f"{path}." for path, module in model.named_modules() if id(module) in modules)
+    modules = modules_in([head]) if head else set()
+    prefixes = tuple(f"{path}." for path, module in model.named_modules() if module in modules)
     return {key for key in model.state_dict() if key.startswith(prefixes)}
 
 

@@ -58,9 +58,8 @@ def quantize_backbone(model: nn.Module, precision: BasePrecision, sites: Sites) 
     if precision == "auto":
         return 0
     backend = BACKENDS[precision]()
-    head = sites.parts.get("head")
-    in_head = {id(m) for bound in (head.modules if head else ()) for m in bound.modules()}
-    layers = [m for m in model.modules() if type(m) is nn.Linear and id(m) not in in_head]
+    in_head = sites.head_modules()
+    layers = [m for m in model.modules() if type(m) is nn.Linear and m not in in_head]
     large = [layer for layer in layers if layer.weight.numel() >= SMALLEST]
     layers = run_by_own_forward(model, sites.input_spec, large) if large else []
     if not layers:

@@ -87,9 +87,7 @@ class LayerFinder:
 
     def backbone(self) -> list[nn.Module]:
         """See `Edit.backbone`."""
-        classifier = self.sites.parts.get("head")
-        head = {id(m) for h in classifier.modules for m in h.modules()} if classifier else set()
-
+        head = self.sites.head_modules()
         left_out = self.sites.left_out_modules() | self._before_chosen()
         within = {id(m) for m in self.model.get_submodule(self.sites.within).modules()}
 
@@ -97,7 +95,7 @@ class LayerFinder:
 
         def is_own(module: nn.Module) -> bool:
             added = module in in_adapters or any(id(p) in self.others for p in module.parameters(recurse=False))
-            return id(module) in within and id(module) not in head and module not in left_out and not added
+            return id(module) in within and module not in head and module not in left_out and not added
 
         return [m for m in self.model.modules() if is_own(m)]
 

@@ -14,7 +14,7 @@ from petune.sites.head import find_head, head_at, head_site, predicts_classes
 from petune.sites.named_heads import NamedModules
 from petune.sites.new_weights import new_weights, placed_in_blocks
 from petune.sites.predictors import further_predictors, twin_predictors
-from petune.sites.site import Block, Site
+from petune.sites.site import Block, Site, modules_in
 from petune.sites.trace import Trace
 
 
@@ -45,8 +45,8 @@ def find_heads(model: nn.Module, trace: Trace, blocks: Sequence[Block], choice: 
     if choice is None and head is not None and predicts_classes(trace):
         head = _with(head, twin_predictors(trace, head.modules, end_of(trace, blocks)))
     new = _new_modules(model, blocks) if choice is None and head is not None else []
-    known = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
-    is_extended = any(id(module) not in known for _, module in new)
+    known = modules_in([head]) if head is not None else set()
+    is_extended = any(module not in known for _, module in new)
     if head is not None:
         head = _with(head, new)
         beside = layers_beside_head(model, trace, outside_of(head, blocks), head)
@@ -58,8 +58,8 @@ def find_heads(model: nn.Module, trace: Trace, blocks: Sequence[Block], choice: 
 
 def outside_of(head: Site | None, blocks: Sequence[Block]) -> tuple[Block, ...]:
     """Return the blocks without those of a decoder that is a head: it trains as a whole."""
-    inside = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
-    outside = (block for block in blocks if id(block.enter) not in inside)
+    inside = modules_in([head]) if head is not None else set()
+    outside = (block for block in blocks if block.enter not in inside)
     return tuple(replace(block, index=index) for index, block in enumerate(outside))
 
 
@@ -72,6 +72,6 @@ def _new_modules(model: nn.Module, blocks: Sequence[Block]) -> NamedModules:
 
 
 def _with(head: Site, others: NamedModules) -> Site:
-    known = {id(m) for bound in head.modules for m in bound.modules()}
-    further = [(path, module) for path, module in others if id(module) not in known]
+    known = modules_in([head])
+    further = [(path, module) for path, module in others if module not in known]
     return head_site(outermost([*head.named_modules, *further]), head.model) if further else head

@@ -9,7 +9,7 @@ from torch import nn
 from petune.sites.encoder import attends_to_others, encoder_of, end_of, start_of
 from petune.sites.head import predicts_classes
 from petune.sites.named_heads import classifiers_of, has_matrix
-from petune.sites.site import Block, Site
+from petune.sites.site import Block, Site, modules_in
 from petune.sites.trace import Trace
 
 Condition = Callable[[nn.Module], bool]
@@ -22,14 +22,14 @@ def layers_beside_head(model: nn.Module, trace: Trace, blocks: Sequence[Block], 
     """
     if head is None or classifiers_of(model) is not None:
         return ()
-    own = {id(m) for bound in head.modules for m in bound.modules()}
+    own = modules_in([head])
     if predicts_classes(trace):
         end = end_of(trace, blocks)
-        after = [c for c in trace.calls if c.start > end and c.has_matrix and id(c.module) not in own]
+        after = [c for c in trace.calls if c.start > end and c.has_matrix and c.module not in own]
         return tuple(dict.fromkeys(c.path for c in after if c.output is not None and c.output.ndim == 2))
     in_backbone = _backbone_test(model, trace, blocks)
     tensors = {id(p) for bound in head.modules for p in bound.parameters()}
-    return tuple(_outermost(model, "", lambda m: id(m) in own or _has_only(m, tensors) or in_backbone(m)))
+    return tuple(_outermost(model, "", lambda m: m in own or _has_only(m, tensors) or in_backbone(m)))
 
 
 def _has_only(module: nn.Module, tensors: Set[int]) -> bool:

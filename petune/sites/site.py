@@ -168,6 +168,10 @@ class Sites:
         """Return the modules that bound the blocks, of all that were found."""
         return {module for block in self.all_blocks for module in block.modules}
 
+    def head_modules(self) -> set[nn.Module]:
+        """Return all modules inside the heads; none for a model without."""
+        return modules_in([self.parts["head"]]) if "head" in self.parts else set()
+
     @property
     def patch_embed(self) -> Site:
         """The patch embedding, from image to tokens."""
