@@ -38,7 +38,7 @@ from petune.sites.find import find_sites, sites_for
 from petune.sites.logits import refuse_random
 from petune.sites.new_weights import NewWeights, new_weights
 from petune.sites.site import Sites
-from petune.sites.unsuitable import refuse_uninitialized
+from petune.sites.unsuitable import quantized_kind, refuse_uninitialized, why_method_fails
 
 TRAINABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 """Those of which gradients exist: a float8 weight is floating point, too, but gets none."""
@@ -106,7 +106,7 @@ def attach(
         edit = Edit(model, sites, log, state)
         try:
             with plugin_errors(TUNERS, tuner.method, type(tuner), "was attached"), missing_sites_named(sites):
-                tuner.attach(edit)
+                _attach_named(edit, tuner)
             if type(tuner).calibrate is not Tuner.calibrate:
                 add_calibration_state(model, log)
             attachment = Attachment(model, sites, tuner, name, log, state, train_head, keep_original)
@@ -125,6 +125,20 @@ def attach(
             raise
     forget_compiled_code()
     return attachment
+
+
+def _attach_named(edit: Edit, tuner: Tuner[Any]) -> None:
+    """Let a tuner edit the model, and say so if quantized weights lack an operation that it needs.
+
+    Raises:
+        AttachError: They lack one.
+    """
+    try:
+        tuner.attach(edit)
+    except NotImplementedError as error:
+        if not quantized_kind(edit.model):
+            raise
+        raise AttachError(f"{edit.name}: {why_method_fails(edit.model, error)}") from error
 
 
 def _check_together(sites: Sites | None, example: Any, head: HeadChoice | None, train_head: bool) -> None:

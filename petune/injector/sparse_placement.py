@@ -12,6 +12,7 @@ from petune.injector.placement import Placer, free_name
 from petune.injector.sparse import SparseParameters
 from petune.injector.trainable import added_to, host_for
 from petune.injector.zero_entries import ZeroEntries
+from petune.sites.unsuitable import is_quantized
 
 
 class SparsePlacer:
@@ -104,6 +105,11 @@ class SparsePlacer:
                 raise AttachError(
                     f"edit.train with a mask takes floating-point parameters of the backbone, each once; number "
                     f"{number} is a {type(p).__name__} that is none, or was given before. Take them from edit.model"
+                )
+            if is_quantized(p):
+                raise AttachError(
+                    f"{self.log.label} trains single entries of {self._path_of(p)}, which is quantized "
+                    f"({type(p).__name__}). Use base_precision=auto, or another method, such as lora or adaptformer"
                 )
         if not parameters:
             raise AttachError("edit.train with a mask was given no parameter. Take them from edit.model")

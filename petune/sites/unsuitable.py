@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from petune.base.errors import AttachError
@@ -127,8 +127,12 @@ def why_method_fails(model: nn.Module, error: Exception) -> str:
 
 def quantized_kind(model: nn.Module) -> str:
     """Return the class of a model's quantized weights, which are tensors of a class of their own; empty without any."""
-    of_own_class = [p for p in model.parameters() if hasattr(p, "__tensor_flatten__")]
-    return next((type(p).__name__ for p in of_own_class if not hasattr(p, "full_tensor")), "")  # else it is sharded
+    return next((type(p).__name__ for p in model.parameters() if is_quantized(p)), "")
+
+
+def is_quantized(p: Tensor) -> bool:
+    """Tell whether a weight is a tensor of a class of its own that holds others; a sharded one does not count."""
+    return hasattr(p, "__tensor_flatten__") and not hasattr(p, "full_tensor")
 
 
 def _towers(model: nn.Module, config: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,18 @@ import petune
 from tests.injector.quantized import ConstantWeight, Float8Weight, Int8Weight, LockedWeight, OpaqueWeight, quantize
 from tests.sampling import sampled
 from tests.tiny import X, randomised, tiny
+
+
+class SingleEntries(petune.Tuner[petune.TunerConfig]):
+    """Train the first column of the layers that make q, k and v."""
+
+    def attach(self, edit: petune.Edit) -> None:
+        for block in edit.sites.blocks:
+            weight = block.attn.enter.qkv.weight
+            mask = torch.zeros_like(weight, dtype=torch.bool)
+            mask[:, 0] = True
+            edit.train([weight], mask=[mask])
+
 
 METHODS = ["adaptformer", "bitfit", "fact", "linear", "lst", "norm", "vpt"]
 
@@ -50,6 +63,24 @@ def test_a_quantized_weight_that_would_train_is_refused_when_attaching(kind: typ
             petune.attach(model, method)
     assert model.state_dict().keys() == keys
     petune.attach(model, "adaptformer", train_head=False)
+
+
+class NoZerosLike(Int8Weight):
+    """As torchao's tensors, it lacks operations."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.zeros_like.default:
+            raise NotImplementedError("no zeros_like")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("kind", [Int8Weight, NoZerosLike])
+def test_a_method_of_single_entries_is_refused_on_quantized_weights(kind: type[Int8Weight]) -> None:
+    model = quantize(tiny(), kind)
+    with pytest.raises(petune.AttachError, match=r"quantized.*base_precision"):
+        petune.attach(model, SingleEntries())
+    assert not any("petune" in key for key in model.state_dict())
 
 
 def test_a_weight_that_does_not_say_what_it_is_made_of_counts_by_its_values() -> None:
