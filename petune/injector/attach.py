@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from petune.adapters.fingerprint import plain_parts
 from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, UsageError
 from petune.base.plugins import plugin_errors
+from petune.injector.advice import advise, warn_of_layers_before_head
 from petune.injector.attachment import Attachment
 from petune.injector.calibrating import add_calibration_state
 from petune.injector.chosen_blocks import check_follows_blocks, missing_sites_named
@@ -21,18 +23,11 @@ from petune.injector.creation import ordinary_tensors
 from petune.injector.dead_sites import check_used
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
-from petune.injector.frozen_beside_head import (
-    check_new_weights,
-    warn_of_further_norms,
-    warn_of_layers_before_head,
-    warn_of_layers_outside_blocks,
-    warn_of_shared_head,
-)
 from petune.injector.keys import label_of, named_parameters
+from petune.injector.new_weights_check import check_new_weights
 from petune.injector.registry import TUNERS, build_tuner, parse_method
 from petune.injector.trainable import TrainableState, check_not_in_bank, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
-from petune.injector.unadapted_mlps import warn_of_unadapted_mlps
 from petune.sites.chosen_head import HeadChoice
 from petune.sites.find import find_sites, sites_for
 from petune.sites.logits import refuse_random
@@ -87,6 +82,39 @@ def attach(
         ConfigError: An option is unknown or has a wrong value, or the model has no such `blocks`.
     """
     _check_together(sites, example, head, train_head)
+    return attach_tuner(
+        model,
+        method,
+        options,
+        sites=sites,
+        name=name,
+        train_head=train_head,
+        keep_original=keep_original,
+        find=lambda: find_sites(model, input_size, example=example, head=head),
+        head=head,
+    )
+
+
+def attach_tuner(
+    model: nn.Module,
+    method: str | Tuner[Any] | TunerConfig,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    sites: Sites | None,
+    name: str | None,
+    train_head: bool,
+    find: Callable[[], Sites],
+    keep_original: bool = True,
+    head: HeadChoice | None = None,
+    advises: bool = True,
+) -> Attachment:
+    """Attach a tuner; see `attach`.
+
+    Args:
+        model, method, options, sites, name, train_head, keep_original, head: See `attach`.
+        find: Finds the sites of a model to which nothing is attached.
+        advises: Warn of what the method leaves as it is. Who trained the adapter that is loaded has been told.
+    """
     flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
     _check_model(model)
     check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
@@ -96,9 +124,7 @@ def attach(
         name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
         label = label_of(name)
         new = new_weights(model) if trainable_state_of(model) is None and train_head else NewWeights(is_known=False)
-        given = _sites_for(
-            model, sites, lambda: find_sites(model, input_size, example=example, head=head), train_head, head
-        )
+        given = _sites_for(model, sites, find, train_head, head, advises=advises)
         sites = given.choose(tuner.config.blocks)
         state = open_trainable_state(model, given)
         state.add(label)
@@ -113,12 +139,10 @@ def attach(
             _check_trains(attachment)
             check_follows_blocks(attachment)
             _check_kinds_of_tensors(attachment)
-            check_new_weights(attachment, new)
-            warn_of_shared_head(attachment)
-            check_used(attachment, state.holders)
-            warn_of_layers_outside_blocks(attachment)
-            warn_of_further_norms(attachment)
-            warn_of_unadapted_mlps(attachment)
+            check_new_weights(attachment, new, advises=advises)
+            check_used(attachment, state.holders, advises=advises)
+            if advises:
+                advise(attachment)
             forget_forwards(edit)
         except BaseException:
             log.undo()
@@ -163,7 +187,13 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _sites_for(
-    model: nn.Module, sites: Sites | None, find: Callable[[], Sites], train_head: bool, head: HeadChoice | None
+    model: nn.Module,
+    sites: Sites | None,
+    find: Callable[[], Sites],
+    train_head: bool,
+    head: HeadChoice | None,
+    *,
+    advises: bool,
 ) -> Sites:
     """Return the sites to edit, after the checks that a model needs once: before its first attachment."""
     existing = trainable_state_of(model)
@@ -174,7 +204,8 @@ def _sites_for(
     _check_sites_of(model, sites)
     if existing is None:
         refuse_random(model, sites)
-        warn_of_layers_before_head(model, sites, train_head)
+        if advises:
+            warn_of_layers_before_head(model, sites, train_head)
     return sites
 
 

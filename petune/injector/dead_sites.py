@@ -65,7 +65,7 @@ class _Part:
     parameters: tuple[nn.Parameter, ...]
 
 
-def check_used(attachment: Attachment, holders: Iterable[Holder]) -> None:
+def check_used(attachment: Attachment, holders: Iterable[Holder], *, advises: bool) -> None:
     """Check with one forward that every adapter is called, and that the output depends on it.
 
     The same method with the same options at the same blocks and sites, among the same others, is checked once per
@@ -74,12 +74,13 @@ def check_used(attachment: Attachment, holders: Iterable[Holder]) -> None:
     Args:
         attachment: The new one.
         holders: All adapters in the model.
+        advises: Warn of what trains where no forward was seen to use it.
 
     Raises:
         DeadSite: An adapter is not called, or no gradient reaches it.
     """
     model, sites, log = attachment.model, attachment.sites, attachment.edit_log
-    key = _checked_as(attachment, holders)
+    key = (advises, *_checked_as(attachment, holders))
     if key in _CHECKED.get(model, ()):
         return
     adapters = [holder.adapter for holder, _ in log.placed]
@@ -93,8 +94,9 @@ def check_used(attachment: Attachment, holders: Iterable[Holder]) -> None:
             graph.leaves.update(id(p) for m in routed for p in m.parameters())
     _check_called(log, sites, called)
     if graph is not None:
-        _check_reached(attachment, graph)
-    _name_unchosen(attachment, graph, is_partly_called)
+        _check_reached(attachment, graph, advises=advises)
+    if advises:
+        _warn_of_unchosen(attachment, graph, is_partly_called)
     _CHECKED.setdefault(model, set()).add(key)
 
 
@@ -108,7 +110,7 @@ def _checked_as(attachment: Attachment, holders: Iterable[Holder]) -> tuple[Any,
     return (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, blocks, *places, *others)
 
 
-def _name_unchosen(attachment: Attachment, graph: _Graph | None, is_partly_called: bool) -> None:
+def _warn_of_unchosen(attachment: Attachment, graph: _Graph | None, is_partly_called: bool) -> None:
     """Warn of what a method trains in modules that seem to be experts, but that no input was seen to choose."""
     model, sites, leaves = attachment.model, attachment.sites, None if graph is None else graph.leaves
     if not is_partly_called and (leaves is None or all(id(p) in leaves for p in attachment.tuned.values())):
@@ -123,7 +125,7 @@ def _name_unchosen(attachment: Attachment, graph: _Graph | None, is_partly_calle
         warnings.warn(
             f"{attachment.name} also trains {shown} of {sites.model}, which no forward called, neither of black images "
             "nor of noise. If no other image chooses them, as a router chooses experts, nothing is learned there",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -199,7 +201,7 @@ def _drop(value: Any) -> Any:
     """Keep nothing for a backward that never comes."""
 
 
-def _check_reached(attachment: Attachment, graph: _Graph) -> None:
+def _check_reached(attachment: Attachment, graph: _Graph, *, advises: bool) -> None:
     """Refuse a method of which parts get no gradient, in eval mode and in train mode.
 
     Raises:
@@ -213,7 +215,8 @@ def _check_reached(attachment: Attachment, graph: _Graph) -> None:
     parts = _parts(attachment)
     dead = _unreached(parts, graph.leaves)
     if not dead:
-        _name_idle_tower(attachment, graph)
+        if advises:
+            _warn_of_idle_tower(attachment, graph)
         return
     trained = _graph(attachment.model, attachment.sites, (), training=True)
     if trained is not None:
@@ -222,7 +225,7 @@ def _check_reached(attachment: Attachment, graph: _Graph) -> None:
         return
     message = _message(attachment, dead, graph)
     if trained is None:  # it may return other things in training, such as a loss
-        warnings.warn(f"{message} in eval mode. After a first backward, call its check_gradients()", stacklevel=4)
+        warnings.warn(f"{message} in eval mode. After a first backward, call its check_gradients()", stacklevel=5)
     else:
         raise DeadSite(f"{message}. {_advice(attachment, dead, graph)}")
 
@@ -278,14 +281,14 @@ def _message(attachment: Attachment, dead: list[_Part], graph: _Graph) -> str:
     return f"{attachment.name} would learn nothing at {shown} of {attachment.sites.model}: {reason}"
 
 
-def _name_idle_tower(attachment: Attachment, graph: _Graph) -> None:
+def _warn_of_idle_tower(attachment: Attachment, graph: _Graph) -> None:
     """Warn if a method trains the backbone's own parameters, and those of one of several towers get no gradient."""
     towers, unfrozen = attachment.sites.towers, {id(p) for p in attachment.edit_log.unfrozen}
     for tower in towers if len(towers) > 1 else ():
         trained = [p for block in tower.blocks for m in block.own_modules for p in m.parameters() if id(p) in unfrozen]
         if trained and not any(id(p) in (graph.leaves or ()) for p in trained):
             part = _Part(tower.blocks[-1].where, tower.blocks, tuple(trained))
-            warnings.warn(f"{_message(attachment, [part], graph)}. {_advice(attachment, [part], graph)}", stacklevel=5)
+            warnings.warn(f"{_message(attachment, [part], graph)}. {_advice(attachment, [part], graph)}", stacklevel=6)
 
 
 def _advice(attachment: Attachment, dead: list[_Part], graph: _Graph) -> str:

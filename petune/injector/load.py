@@ -14,15 +14,15 @@ from petune.adapters.peft_names import with_current_names
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import AttachError, BackboneMismatch, CheckpointError, PluginError
-from petune.injector.attach import attach
+from petune.injector.attach import attach_tuner
 from petune.injector.attachment import Attachment
 from petune.injector.fits import check_fits, check_reference_logits, head_keys_in_file
-from petune.injector.frozen_beside_head import already_told
 from petune.injector.registry import build_tuner, list_tuners
 from petune.injector.renamed import with_current_keys
 from petune.injector.saved_sites import other_sites, saved_sites
 from petune.injector.trainable import check_not_in_bank
 from petune.injector.tuner import Tuner
+from petune.sites.find import find_sites
 from petune.sites.forward import forget_caches
 from petune.sites.site import Sites
 
@@ -73,8 +73,15 @@ def attach_saved(
         _check_options(tuner, saved)
     name, as_saved = name or config["tuner"], saved_sites(model, saved, sites)
     try:
-        with already_told():
-            attachment = attach(model, tuner, name=name, train_head=config["train_head"], sites=as_saved)
+        attachment = attach_tuner(
+            model,
+            tuner,
+            sites=as_saved,
+            name=name,
+            train_head=config["train_head"],
+            find=lambda: find_sites(model),
+            advises=False,
+        )
     except AttachError as error:
         reason = other_sites(model, saved) if as_saved is None else ""
         if not reason:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -135,3 +137,13 @@ def test_mlps_for_the_same_tokens_are_not_split(method: str) -> None:
     att, messages = attached(Parallel, method)
     assert not [m for m in messages if "several MLPs" in m]
     assert all(not block.split_mlps for block in att.sites.blocks)
+
+
+def test_loading_does_not_repeat_the_advice_on_mlps(tmp_path: Path) -> None:
+    model = Vit(OneRow).eval()
+    fresh = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="several MLPs"):
+        petune.attach(model, "houlsby", example=IMAGE).save(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        petune.load(fresh, tmp_path / "a")

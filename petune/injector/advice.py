@@ -1,42 +1,31 @@
-"""Name what stays frozen next to the heads that train: layers between backbone and heads, and random weights."""
+"""Advise who attaches a method: what stays frozen next to what trains, and what training changes besides."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Set
-from contextvars import ContextVar
+from collections.abc import Set
 
 from torch import nn
 
-from petune.base.errors import AttachError
-from petune.base.text import plural, shortened
+from petune.base.text import shortened
 from petune.injector.attachment import Attachment
+from petune.injector.hooks.base import After, Before
+from petune.injector.hooks.reading import Gather, Parallel
+from petune.injector.hooks.side import Side
 from petune.injector.outside_head import parameters_outside
 from petune.sites.named_heads import classifiers_of
-from petune.sites.new_weights import NewWeights, new_weights, placed_in_blocks
+from petune.sites.new_weights import new_weights
 from petune.sites.recorder import record_calls
-from petune.sites.site import Sites, is_within, modules_in, modules_of
+from petune.sites.site import Block, Sites, is_within, modules_in, modules_of
 from petune.sites.used_parameters import used_parameters
 
 MAX_SHOWN = 6
-
-_is_told: ContextVar[bool] = ContextVar("is_told", default=False)
-
-
-@contextlib.contextmanager
-def already_told() -> Iterator[None]:
-    """Leave out the advice on what stays frozen: who trained the adapter that is loaded has had it."""
-    token = _is_told.set(True)
-    try:
-        yield
-    finally:
-        _is_told.reset(token)
+MAX_MLPS = 4
 
 
 def warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool) -> None:
     """Warn of what the predictions depend on and no head has, in a model that does not say which weights are new."""
-    if _is_told.get() or not train_head or "head" not in sites.parts or new_weights(model).is_known:
+    if not train_head or "head" not in sites.parts or new_weights(model).is_known:
         return  # what a checkpoint has filled may stay frozen; the rest is a head
     layers = _used_layers(model, sites)
     named = classifiers_of(model)
@@ -52,7 +41,7 @@ def warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool)
         f"the head of {sites.model} is {sites.head.where}. Further layers that the predictions depend on count as "
         f"backbone and stay frozen unless the method trains them: {', '.join(layers)}. If they are new, name all "
         f'modules that train: head=["…", "…"]{advice}',
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
@@ -66,14 +55,31 @@ def _used_layers(model: nn.Module, sites: Sites) -> list[str]:
     return [path for path, layer in parameters.items() if path in called or any(id(p) in used for p in layer)]
 
 
+def _called_on_tokens(model: nn.Module, sites: Sites) -> set[str]:
+    """Return those of the layers beside the head that return more than a row for each image, which a pooler does.
+
+    D-FINE detaches what such a layer returns, and trains it by a loss of its own.
+    """
+    layers = {path: set(model.get_submodule(path).modules()) for path in sites.beside_head}
+    calls = record_calls(model, sites.input_spec, {m for inside in layers.values() for m in inside})
+    on_tokens = {m for m, call in calls.items() if call.output is not None and call.output.ndim > 2}
+    return {path for path, inside in layers.items() if inside & on_tokens}
+
+
 def _is_same(path: str, other: str) -> bool:
     return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
-def warn_of_shared_head(attachment: Attachment) -> None:
+def advise(attachment: Attachment) -> None:
+    """Warn of what a method leaves as it is, or changes besides, although its user may not expect that."""
+    _warn_of_shared_head(attachment)
+    _warn_of_layers_outside_blocks(attachment)
+    _warn_of_further_norms(attachment)
+    _warn_of_unadapted_mlps(attachment)
+
+
+def _warn_of_shared_head(attachment: Attachment) -> None:
     """Warn if a head that trains shares tensors with a block or an embedding: training it changes that, too."""
-    if _is_told.get():
-        return
     model, sites = attachment.model, attachment.sites
     in_head = {id(p): key for key, p in attachment.head.items()}
     own = {m for module in attachment.tensors.head_modules for m in module.modules()}
@@ -88,7 +94,7 @@ def warn_of_shared_head(attachment: Attachment) -> None:
             warnings.warn(
                 f"the head of {sites.model} shares {', '.join(named[:3]) if named is shared else 'weights'} with "
                 f"{where}, so training it changes that, too. Use train_head=False, or give the head weights of its own",
-                stacklevel=3,
+                stacklevel=5,
             )
 
 
@@ -101,11 +107,11 @@ def _called_before(model: nn.Module, sites: Sites, modules: Set[nn.Module], head
     return {m for m in modules if m in calls and calls[m].start < start}
 
 
-def warn_of_layers_outside_blocks(attachment: Attachment) -> None:
+def _warn_of_layers_outside_blocks(attachment: Attachment) -> None:
     """Warn of attentions and MLPs in no block, if a method edits all blocks and nothing in them."""
     sites = attachment.sites
     edited = _edited_blocks(attachment)
-    if _is_told.get() or not edited or sites.chosen_from is not None or len(sites.blocks) < len(sites.all_blocks):
+    if not edited or sites.chosen_from is not None or len(sites.blocks) < len(sites.all_blocks):
         return
     later = [path for path, index in sites.outside_blocks.items() if index >= min(edited)]
     left = [path for path in later if not any(is_within(key, path) for key in attachment.tuned)]
@@ -118,28 +124,8 @@ def warn_of_layers_outside_blocks(attachment: Attachment) -> None:
         f"{attachment.name} edits the blocks that petune finds in {sites.model}. Attentions, MLPs and linear layers "
         f"outside of these stay as they are: {shortened(left, MAX_SHOWN)}. To train them whole, name them with the "
         f"heads: head=[…]{advice}",
-        stacklevel=3,
+        stacklevel=5,
     )
-
-
-def warn_of_further_norms(attachment: Attachment) -> None:
-    """Warn of norms after the last block, if a method acts on the norms of blocks and not on these."""
-    sites = attachment.sites
-    norms = [norm for block in sites.blocks for norm in block.norms]
-    trained = {id(p) for p in attachment.edit_log.unfrozen}  # and not an adapter of the block that its norm holds
-    placed = [passed[-1] for _, passed in attachment.edit_log.placed]
-    acts = any(site is norm for site in placed for norm in norms) or any(
-        id(p) in trained for norm in norms for p in norm.enter.parameters()
-    )
-    reached = {site.exit for site in placed}
-    further = [norm for tower in sites.towers for norm in tower.further_norms if norm.enter not in reached]
-    left = [norm.path for norm in further if not any(is_within(key, norm.path) for key in attachment.tuned)]
-    if acts and left and sites.chosen_from is None and not _is_told.get():
-        warnings.warn(
-            f"{attachment.name} leaves norms after the last block of {sites.model} as they are: {', '.join(left)}. To "
-            "train them, name them with the heads: head=[…]",
-            stacklevel=3,
-        )
 
 
 def _edited_blocks(attachment: Attachment) -> set[int]:
@@ -154,42 +140,70 @@ def _edited_blocks(attachment: Attachment) -> set[int]:
     return edited
 
 
-def _called_on_tokens(model: nn.Module, sites: Sites) -> set[str]:
-    """Return those of the layers beside the head that return more than a row for each image, which a pooler does.
-
-    D-FINE detaches what such a layer returns, and trains it by a loss of its own.
-    """
-    layers = {path: set(model.get_submodule(path).modules()) for path in sites.beside_head}
-    calls = record_calls(model, sites.input_spec, {m for inside in layers.values() for m in inside})
-    on_tokens = {m for m, call in calls.items() if call.output is not None and call.output.ndim > 2}
-    return {path for path, inside in layers.items() if inside & on_tokens}
-
-
-def check_new_weights(attachment: Attachment, new: NewWeights) -> None:
-    """Check that what the checkpoint did not fill trains, because it is random.
-
-    Raises:
-        AttachError: Parameters that the output depends on would stay frozen.
-    """
-    sites, model = attachment.sites, attachment.model
-    parameters = dict(model.named_parameters())
-    known = {id(p) for p in attachment.tensors.trainable().values()} | placed_in_blocks(sites.all_blocks)
-    frozen = {key: p for key in new.keys if (p := parameters.get(key)) is not None and id(p) not in known}
-    if not frozen:
-        return
-    used = {id(p) for p in used_parameters(model, sites.input_spec, frozen.values())}
-    keys = [key for key, p in frozen.items() if id(p) in used] or [*frozen]
-    named = f"{', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
-    message = (
-        f"{plural(len(keys), 'parameter')} of {sites.model} got random values, because the weights that it was loaded "
-        f"from lack them, or were replaced later, and {attachment.name} keeps them frozen: {named}"
+def _warn_of_further_norms(attachment: Attachment) -> None:
+    """Warn of norms after the last block, if a method acts on the norms of blocks and not on these."""
+    sites = attachment.sites
+    norms = [norm for block in sites.blocks for norm in block.norms]
+    trained = {id(p) for p in attachment.edit_log.unfrozen}  # and not an adapter of the block that its norm holds
+    placed = [passed[-1] for _, passed in attachment.edit_log.placed]
+    acts = any(site is norm for site in placed for norm in norms) or any(
+        id(p) in trained for norm in norms for p in norm.enter.parameters()
     )
-    owners = list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
-    if used and sites.chosen_head is None:
-        heads = ", ".join(repr(path) for path, _ in sites.head.named_modules)
-        raise AttachError(
-            f"{message}. To train the modules that hold them, use head=[{heads}, {', '.join(map(repr, owners[:3]))}]; "
-            f"to keep them as they are, name the heads alone: head=[{heads}]. Or do not replace a parameter: set "
-            "its values in place, by copy_ under torch.no_grad()"
+    reached = {site.exit for site in placed}
+    further = [norm for tower in sites.towers for norm in tower.further_norms if norm.enter not in reached]
+    left = [norm.path for norm in further if not any(is_within(key, norm.path) for key in attachment.tuned)]
+    if acts and left and sites.chosen_from is None:
+        warnings.warn(
+            f"{attachment.name} leaves norms after the last block of {sites.model} as they are: {', '.join(left)}. To "
+            "train them, name them with the heads: head=[…]",
+            stacklevel=5,
         )
-    warnings.warn(f"{message}. To train them, add to head: {', '.join(owners[:3])}", stacklevel=3)
+
+
+def _warn_of_unadapted_mlps(attachment: Attachment) -> None:
+    """Warn if adapters act at the MLP of a block, and not at its MLPs for other tokens (`Block.split_mlps`)."""
+    pairs = [
+        (block.mlp if "mlp" in block.parts else block, other)
+        for block in attachment.sites.blocks
+        if block.split_mlps and _acts_at_mlp(attachment, block)
+        for other in block.split_mlps
+        if not _acts_in(attachment, modules_in([other]))
+    ]
+    if not pairs:
+        return
+    adapted = list(dict.fromkeys(site.where for site, _ in pairs))
+    left = list(dict.fromkeys(site.where for _, site in pairs))
+    warnings.warn(
+        f"blocks of {attachment.sites.model} have several MLPs, each for other tokens. {attachment.name} adapts "
+        f"{shortened(adapted, MAX_MLPS)} and leaves {shortened(left, MAX_MLPS)} as they are, with the tokens that "
+        "go through these. To reach all, use bitfit, partial or full, or lora with PEFT's option target_modules",
+        stacklevel=5,
+    )
+
+
+def _acts_at_mlp(attachment: Attachment, block: Block) -> bool:
+    """Return whether an adapter acts at a block's MLP, its norm, the stream before it, or at either end of the block.
+
+    At its ends are all its tokens, unless the block has several streams, of which its MLP and an adapter have one.
+    """
+    placed = attachment.edit_log.placed
+    own = [site for site in block.branches if site.role == "mlp"]
+    around = {norm.enter for norm in block.norms if norm.role == "norm2"}
+    is_a_stream = "mid" in block.parts
+    of_streams = [sites for holder, sites in placed if isinstance(holder, After | Before | Gather | Parallel | Side)]
+    if is_a_stream and any(site is block for sites in of_streams for site in sites):
+        return True
+    return _acts_in(attachment, modules_in(own)) or not around.isdisjoint(_ends_of_placed(attachment))
+
+
+def _acts_in(attachment: Attachment, modules: set[nn.Module]) -> bool:
+    """Return whether an adapter reads or acts at some modules, or a matrix trains in them."""
+    trained = {id(p) for p in attachment.tuned.values() if p.ndim >= 2}
+    return not modules.isdisjoint(_ends_of_placed(attachment)) or any(
+        id(p) in trained for m in modules for p in m.parameters()
+    )
+
+
+def _ends_of_placed(attachment: Attachment) -> set[nn.Module]:
+    sites = (site for _, passed in attachment.edit_log.placed for site in passed)
+    return {end for site in sites for end in (site.enter, site.exit)}
