@@ -11,7 +11,7 @@ from petune.sites.trace import Call, Trace
 
 
 @dataclass(eq=False)
-class Attention:
+class TracedAttention:
     """The innermost call with weights, from tokens to tokens, around an attention operation.
 
     Attributes:
@@ -43,20 +43,20 @@ class Pair:
         inside: All attentions in the scope.
     """
 
-    attention: Attention
+    attention: TracedAttention
     mlp: Mlp
     scope: Call
-    inside: list[Attention]
+    inside: list[TracedAttention]
 
 
-def find_attentions(trace: Trace) -> list[Attention]:
+def find_attentions(trace: Trace) -> list[TracedAttention]:
     """Return all attentions of a traced model, in order, each with its MLP if it has one."""
-    found: dict[int, Attention] = {}
+    found: dict[int, TracedAttention] = {}
     for op in trace.attention_ops:
         around = [c for c in (op.call, *op.call.ancestors()) if _has_matrix(c) and c is not trace.root]
         call = next((c for c in around if c.maps_tokens), None)
         if call is not None and op.is_over_tokens(call):
-            attention = found.setdefault(id(call), Attention(call, op.time))
+            attention = found.setdefault(id(call), TracedAttention(call, op.time))
             attention.end = op.time
             attention.many_queries = attention.many_queries or op.many_queries
             attention.is_single = attention.is_single or op.is_single
@@ -68,7 +68,7 @@ def find_attentions(trace: Trace) -> list[Attention]:
     return attentions
 
 
-def _reads_input(attention: Attention, branch: Call) -> bool:
+def _reads_input(attention: TracedAttention, branch: Call) -> bool:
     """Return whether an attention is one of those in a branch that read what enters it."""
     around = (c for c in (attention.call, *attention.call.ancestors()) if c.within(branch) and c is not branch)
     return any(c.input is branch.input for c in around)
@@ -78,7 +78,7 @@ def _has_matrix(call: Call) -> bool:
     return any(p.ndim >= 2 for p in call.module.parameters())
 
 
-def _pair_of(trace: Trace, attention: Attention, attentions: list[Attention]) -> Pair | None:
+def _pair_of(trace: Trace, attention: TracedAttention, attentions: list[TracedAttention]) -> Pair | None:
     """Walk outwards to the smallest call that has an MLP after the attention and before the next one."""
     inner: Call | None = None
     for call in (attention.call, *attention.call.ancestors()):
@@ -98,7 +98,7 @@ def _pair_of(trace: Trace, attention: Attention, attentions: list[Attention]) ->
     return None
 
 
-def _over_depth(trace: Trace, attentions: list[Attention]) -> list[Attention]:
+def _over_depth(trace: Trace, attentions: list[TracedAttention]) -> list[TracedAttention]:
     """Return those by which each token attends alone to what it was in earlier layers (attention residuals).
 
     After the first layer this is one query and one key.
@@ -108,7 +108,7 @@ def _over_depth(trace: Trace, attentions: list[Attention]) -> list[Attention]:
     return alone if any(not a.is_single for a in alone) else []
 
 
-def _mlp_before(trace: Trace, block: Call, inner: Call, attention: Attention) -> Mlp | None:
+def _mlp_before(trace: Trace, block: Call, inner: Call, attention: TracedAttention) -> Mlp | None:
     """Return the MLP in a block whose order is MLP, attention: it adds to the stream before the attention reads that.
 
     Args:

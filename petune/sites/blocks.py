@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from petune.sites.attentions import Attention, Pair, find_attentions
+from petune.sites.attentions import Pair, TracedAttention, find_attentions
 from petune.sites.block_end import is_reshaped
 from petune.sites.branches import with_branches
 from petune.sites.containers import child_towards, contains_block, is_module
@@ -64,7 +64,7 @@ def _kind(block: Block) -> tuple[type, type]:
     return type(block.enter), type(block.exit)
 
 
-def _is_complete(attention: Attention, block: Block) -> bool:
+def _is_complete(attention: TracedAttention, block: Block) -> bool:
     """Return whether a block has an attention and `mid`, so that it counts even if its attention only pools.
 
     It then keeps the shape of its tokens, or changes their width too, as blocks between two stages do.
@@ -75,7 +75,7 @@ def _is_complete(attention: Attention, block: Block) -> bool:
     return scope.keeps_shape or (scope.maps_tokens and width_after(scope) != width_of(scope))
 
 
-def _block_of(trace: Trace, attention: Attention, attentions: list[Attention]) -> Found | None:
+def _block_of(trace: Trace, attention: TracedAttention, attentions: list[TracedAttention]) -> Found | None:
     """Return the block of an attention, by the first shape of `SHAPES` that fits; else the attention alone."""
     if attention.pair is not None:
         for fits, build in SHAPES:
@@ -192,7 +192,7 @@ SHAPES: tuple[tuple[Predicate, Builder], ...] = (
 """Shapes of blocks with an MLP, each with a model of timm that has it, in the order in which they are tried."""
 
 
-def _without_mlp(trace: Trace, attention: Attention, attentions: list[Attention]) -> Found | None:
+def _without_mlp(trace: Trace, attention: TracedAttention, attentions: list[TracedAttention]) -> Found | None:
     """Build a block without a separate MLP: attention alone (botnet26t_256), or fused with it (vit_base_patch16_xp)."""
     scopes = [a.pair.scope for a in attentions if a.pair is not None]
     if any(scope.keeps_shape and attention.call.within(scope) for scope in scopes):
@@ -211,7 +211,7 @@ def _is_added(trace: Trace, call: Call) -> bool:
     return any(add.result is call.output or add.other(call.output) is not None for add in trace.additions)
 
 
-def _mlp_is_fused(attention: Attention, block: Call) -> bool:
+def _mlp_is_fused(attention: TracedAttention, block: Call) -> bool:
     """Return whether a matrix takes more than the attention's tokens: the hidden units of an MLP as well."""
     later = [c for c in block.subtree() if c.start > attention.end and c.has_matrix and not is_conv(c)]
     return any(c.width >= 2 * attention.dim for c in later)

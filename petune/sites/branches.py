@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from petune.sites.attentions import Attention
+from petune.sites.attentions import TracedAttention
 from petune.sites.layouts import layout_of, make_site, width_after
 from petune.sites.norms import has_channels_second, norm_of
 from petune.sites.parts import (
@@ -25,7 +25,7 @@ Branch = tuple[str, Call, Call]
 """The role, and the calls that enter and leave an attention or an MLP."""
 
 
-def with_branches(trace: Trace, block: Block, attentions: Sequence[Attention]) -> Block:
+def with_branches(trace: Trace, block: Block, attentions: Sequence[TracedAttention]) -> Block:
     """Return a block with all its attentions and MLPs, and their norms."""
     call = next(c for c in trace.calls if c.module is block.enter)
     inside = [a for a in attentions if a.call.within(call)]
@@ -74,7 +74,7 @@ def _site(block: Block, role: str, first: Call, last: Call) -> Site:
     return make_site(role, first, last, dim, block.model, layout_of(first, dim, block.layout))
 
 
-def _mlps_of(trace: Trace, block: Call, attns: Sequence[Call], inside: Sequence[Attention]) -> list[Mlp]:
+def _mlps_of(trace: Trace, block: Call, attns: Sequence[Call], inside: Sequence[TracedAttention]) -> list[Mlp]:
     """Return the MLPs for single tokens in a block: modules whose output is added, and those after an attention."""
     calls = [c for c in block.inner() if not any(c.within(a) or a.within(c) for a in attns)]
     whole = [c for c in calls if c.keeps_shape and num_matrices(c) >= 2]

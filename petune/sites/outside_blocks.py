@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from petune.sites.attentions import Attention, find_attentions
+from petune.sites.attentions import TracedAttention, find_attentions
 from petune.sites.encoder import attends_to_others, end_of, start_of
 from petune.sites.layouts import is_conv
 from petune.sites.parts import Mlp, num_matrices
@@ -48,7 +48,7 @@ def _last_before(begun: Sequence[tuple[int, int]], time: int) -> int:
     return max((index for start, index in begun if start < time), default=0)
 
 
-def _is_layer(call: Call, attention: Attention | None, of_blocks: Sequence[Call], span: tuple[int, int]) -> bool:
+def _is_layer(call: Call, attention: TracedAttention | None, of_blocks: Sequence[Call], span: tuple[int, int]) -> bool:
     """Return whether a call outside blocks is a layer of the transformer.
 
     Args:
@@ -100,7 +100,7 @@ def _end_of_encoder(trace: Trace, blocks: Sequence[Block], of_blocks: Sequence[C
     return end_of(trace, blocks) if encoder is trace.root else encoder.stop
 
 
-def _mixes_tokens(attention: Attention | None) -> bool:
+def _mixes_tokens(attention: TracedAttention | None) -> bool:
     """Return whether an attention is from tokens to the same tokens: it does not pool them."""
     if attention is None or not attention.many_queries:
         return False
