@@ -124,7 +124,7 @@ def _build_module(trace: Trace, pair: Pair) -> Found:
     """Build a block that is one module."""
     block = pair.scope
     inner = child_towards(block, pair.attention.call)
-    bare = _bare(block, block, width_after(block), trace.model_name)
+    bare = _empty_block(block, block, width_after(block), trace.model_name)
     described = _with_parts(trace, pair, bare, inner, list(block.subtree()))
     if "mid" in described.parts and not _returns_as_many(described.mid, block):
         # a part of the tokens (a class token), not the stream that leaves the block
@@ -145,7 +145,7 @@ def _build_span(trace: Trace, pair: Pair) -> Found | None:
     last = None if mid is None else span_exit(trace, pair.mlp, mid)
     if last is None:
         return None
-    bare = _bare(first, last, pair.attention.dim, trace.model_name)
+    bare = _empty_block(first, last, pair.attention.dim, trace.model_name)
     calls = [c for c in pair.scope.subtree() if c.start >= first.start]
     return first.start, _with_parts(trace, pair, bare, first, calls)
 
@@ -165,7 +165,7 @@ def _build_listed(trace: Trace, pair: Pair) -> Found:
     It has no `mid`: what is added after the MLP would be changed on its way.
     """
     first, last = (child_towards(pair.scope, call) for call in (pair.attention.call, pair.mlp.last))
-    bare = _bare(first, last, pair.attention.dim, trace.model_name)
+    bare = _empty_block(first, last, pair.attention.dim, trace.model_name)
     calls = [c for c in pair.scope.subtree() if first.start <= c.start <= last.stop]
     block = _with_parts(trace, pair, bare, first, calls)
     return first.start, replace(block, parts={role: site for role, site in block.parts.items() if role != "mid"})
@@ -173,7 +173,7 @@ def _build_listed(trace: Trace, pair: Pair) -> Found:
 
 def _build_parallel_attentions(trace: Trace, pair: Pair) -> Found:
     """Build a block with several attentions and MLPs: one stream, read after the attentions."""
-    bare = _bare(pair.scope, pair.scope, width_after(pair.scope), trace.model_name)
+    bare = _empty_block(pair.scope, pair.scope, width_after(pair.scope), trace.model_name)
     mid = mid_of(trace, pair.mlp, pair.attention.call.stop)
     reached = mid is not None and reaches_output(trace, mid, pair.mlp, pair.scope)
     return pair.scope.start, _with_mid(bare, mid if reached else None)
@@ -201,7 +201,7 @@ def _without_mlp(trace: Trace, attention: TracedAttention, attentions: list[Trac
     alone = [c for c in around if sum(a.call.within(c) for a in attentions) == 1]
     if not alone or (attends_to_others(attention.call) and not any(_is_added(trace, c) for c in alone)):
         return None  # what other tokens are pooled into, as by open_clip's attentional pooling
-    bare = _bare(alone[-1], alone[-1], attention.dim, trace.model_name)
+    bare = _empty_block(alone[-1], alone[-1], attention.dim, trace.model_name)
     mid = parallel_mid(trace, alone[-1]) if _mlp_is_fused(attention, alone[-1]) else None
     return alone[-1].start, _with_mid(bare, mid)
 
@@ -217,7 +217,7 @@ def _mlp_is_fused(attention: TracedAttention, block: Call) -> bool:
     return any(c.width >= 2 * attention.dim for c in later)
 
 
-def _bare(first: Call, last: Call, dim: int, model: str) -> Block:
+def _empty_block(first: Call, last: Call, dim: int, model: str) -> Block:
     """Return a block without sites inside."""
     site = make_site("block", first, last, dim, model)
     return Block(**vars(site), index=0, extra_inputs=first.extra_inputs)

@@ -71,17 +71,17 @@ def find_sites(
     if input_size is not None and example is not None:
         raise UsageError("find_sites: give input_size or example, not both")
     if example is not None:
-        return _found(model, lambda: [spec_of_example(model, example)], head)
+        return _find(model, lambda: [spec_of_example(model, example)], head)
     sizes = [input_size] if input_size is not None else input_sizes_of(model)
-    return _found(model, lambda: [InputSpec.of_size(size) for size in sizes], head)
+    return _find(model, lambda: [InputSpec.of_size(size) for size in sizes], head)
 
 
 def sites_for(model: nn.Module, spec: InputSpec, head: HeadChoice | None = None) -> Sites:
     """Return the sites of a model that takes inputs of a known form; see `find_sites`."""
-    return _found(model, lambda: [spec], head)
+    return _find(model, lambda: [spec], head)
 
 
-def _found(model: nn.Module, specs: Callable[[], list[InputSpec]], head: HeadChoice | None) -> Sites:
+def _find(model: nn.Module, specs: Callable[[], list[InputSpec]], head: HeadChoice | None) -> Sites:
     """Return the sites, found without the adapters of all attachments.
 
     Args:
@@ -93,7 +93,7 @@ def _found(model: nn.Module, specs: Callable[[], list[InputSpec]], head: HeadCho
     refuse_uninitialized(model)
     with without_adapters(model) as added:
         trace, spec = _first_that_runs(model, specs(), added)
-        return _sites(model, trace, spec, head)
+        return _build_sites(model, trace, spec, head)
 
 
 def _first_that_runs(model: nn.Module, specs: list[InputSpec], added: set[nn.Module]) -> tuple[Trace, InputSpec]:
@@ -103,7 +103,7 @@ def _first_that_runs(model: nn.Module, specs: list[InputSpec], added: set[nn.Mod
     return record(model, specs[-1], added), specs[-1]
 
 
-def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice | None) -> Sites:
+def _build_sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice | None) -> Sites:
     blocks = find_blocks(trace)
     heads = find_heads(model, trace, blocks, choice)
     head = heads.site
@@ -119,9 +119,9 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
     grid, num_prefix_tokens = grid_and_prefix(model, trace, first, spec)
     rows = rows_of(trace, blocks)
     others = layers_outside_blocks(trace, blocks, head) if blocks else {}
-    calls = _without(trace, others)
+    calls = _calls_outside(trace, others)
     of_stream = _without_branch_norms(trace, calls, others)
-    norms = [_used(model, norm, spec) for norm in _final_norms(trace, rows, head, of_stream)] if blocks else []
+    norms = [_if_used(model, norm, spec) for norm in _final_norms(trace, rows, head, of_stream)] if blocks else []
     further: list[tuple[Site, ...]] = []
     if blocks:
         found = norms_to_heads(trace, blocks, head, calls)
@@ -150,7 +150,7 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
     )
 
 
-def _without(trace: Trace, others: Iterable[str]) -> list[Call]:
+def _calls_outside(trace: Trace, others: Iterable[str]) -> list[Call]:
     """Return the calls outside some modules, and norms that these begin with and that no residual addition skips."""
     inside = {id(c): path for path in others for c in trace.calls if is_within(c.path, path)}
     layers = [c for c in trace.calls if id(c) in inside and c.has_matrix and not is_norm(c)]
@@ -202,7 +202,7 @@ def _with_further(
     return norms, [tuple(site for site, blocks in others if blocks <= {b.index for b in row}) for row in rows]
 
 
-def _used(model: nn.Module, norm: Site | None, spec: InputSpec) -> Site | None:
+def _if_used(model: nn.Module, norm: Site | None, spec: InputSpec) -> Site | None:
     """Return a norm, if the output depends on it: it may be of features that the classifier does not read."""
     parameters = [] if norm is None else [p for p in norm.enter.parameters() if p.is_floating_point()]
     return norm if not parameters or used_parameters(model, spec, parameters) else None
