@@ -46,9 +46,9 @@ def warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool)
 
 
 def _used_layers(model: nn.Module, sites: Sites) -> list[str]:
-    if not sites.beside_head:
+    if not sites.layers_before_head:
         return []
-    parameters = {path: list(model.get_submodule(path).parameters()) for path in sites.beside_head}
+    parameters = {path: list(model.get_submodule(path).parameters()) for path in sites.layers_before_head}
     floating = [p for layer in parameters.values() for p in layer if p.is_floating_point()]
     used = {id(p) for p in used_parameters(model, sites.input_spec, floating)}
     called = _called_on_tokens(model, sites)
@@ -56,11 +56,11 @@ def _used_layers(model: nn.Module, sites: Sites) -> list[str]:
 
 
 def _called_on_tokens(model: nn.Module, sites: Sites) -> set[str]:
-    """Return those of the layers beside the head that return more than a row for each image, which a pooler does.
+    """Return those of the layers before the head that return more than a row for each image, which a pooler does.
 
     D-FINE detaches what such a layer returns, and trains it by a loss of its own.
     """
-    layers = {path: set(model.get_submodule(path).modules()) for path in sites.beside_head}
+    layers = {path: set(model.get_submodule(path).modules()) for path in sites.layers_before_head}
     calls = record_calls(model, sites.input_spec, {m for inside in layers.values() for m in inside})
     on_tokens = {m for m, call in calls.items() if call.output is not None and call.output.ndim > 2}
     return {path for path, inside in layers.items() if inside & on_tokens}

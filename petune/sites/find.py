@@ -12,13 +12,13 @@ from torch import nn
 
 from petune.base.arguments import check_input_size
 from petune.base.errors import AttachError, UsageError
-from petune.sites.all_heads import find_heads, outside_of
 from petune.sites.blocks import find_blocks
 from petune.sites.chosen_head import HeadChoice
 from petune.sites.encoder import end_of
 from petune.sites.example import spec_of_example
 from petune.sites.further_norms import norms_to_heads, with_effect
 from petune.sites.grid import Grid, grid_and_prefix
+from petune.sites.heads import find_heads, outside_of
 from petune.sites.input_size import input_sizes_of
 from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import IMAGES, make_site
@@ -136,7 +136,7 @@ def _build_sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadCh
         input_spec=spec,
         blocks=blocks,
         parts={part.role: part for part in parts if part is not None},
-        beside_head=heads.beside,
+        layers_before_head=heads.layers_before,
         outside_blocks=others,
         further_norms=further[0] if len(further) == 1 else (),
         num_prefix_tokens=num_prefix_tokens,

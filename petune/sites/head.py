@@ -16,7 +16,7 @@ from petune.sites.site import Block, Site
 from petune.sites.trace import Call, Trace
 
 
-def find_head(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> Site | None:
+def predicting_modules(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> Site | None:
     """Return the heads as one site, or None for a model without.
 
     For a model that returns logits (B, classes) they are what the model's library names as such, else the matrix that

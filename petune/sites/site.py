@@ -39,8 +39,8 @@ class Sites:
         embed_dim: Width of the tokens in the last block, 0 without blocks.
         grid_size: Patches as (rows, columns) at the first block's input, of a video (time, rows, columns); None if
             unknown.
-        beside_head: Paths of layers between backbone and heads (for pooled features, necks, decoders); they count as
-            backbone.
+        layers_before_head: Paths of layers between backbone and heads (for pooled features, necks, decoders); they
+            count as backbone.
         outside_blocks: Paths of attentions and MLPs that are in no block and no head, each with the index of the last
             block that begins before its last call.
         further_norms: Norms between blocks and heads that are not `norm`; see `Tower.norms`.
@@ -62,7 +62,7 @@ class Sites:
     num_prefix_tokens: int
     embed_dim: int
     grid_size: tuple[int, ...] | None
-    beside_head: tuple[str, ...] = ()
+    layers_before_head: tuple[str, ...] = ()
     outside_blocks: Mapping[str, int] = field(default_factory=dict)
     further_norms: tuple[Site, ...] = ()
     chosen_head: tuple[str, ...] | None = None
@@ -267,10 +267,10 @@ class Sites:
     def describe_heads(self) -> list[str]:
         """Return lines that name the heads, and the layers before them; empty for a single classifier."""
         head = self.parts.get("head")
-        if head is None or (head.is_module and not self.beside_head):
+        if head is None or (head.is_module and not self.layers_before_head):
             return []
-        before = [f"before the head, counted as backbone: {', '.join(self.beside_head)}"] if self.beside_head else []
-        return [f"head: {head.where}", *before]
+        before = ", ".join(self.layers_before_head)
+        return [f"head: {head.where}", *([f"before the head, counted as backbone: {before}"] if before else [])]
 
     __repr__ = __str__
 

@@ -68,7 +68,7 @@ def test_every_head_trains(build: Any, size: int, heads: set[str]) -> None:
     att = petune.attach(model, "adaptformer", bottleneck=2, input_size=(3, size, size))
     assert set(att.head) == wanted
     assert {key for key, p in model.named_parameters() if p.requires_grad} == wanted | set(att.tuned)
-    assert not att.sites.beside_head
+    assert not att.sites.layers_before_head
 
 
 @pytest.mark.parametrize("resi_connection", ["1conv", "3conv"])
@@ -138,7 +138,7 @@ def test_only_what_follows_the_residual_around_all_blocks_is_a_head(build: Any, 
     model = build().eval()
     att = petune.attach(model, "linear")
     assert set(att.head) == keys(model, heads)
-    assert not att.sites.beside_head
+    assert not att.sites.layers_before_head
 
 
 @pytest.mark.parametrize(("build", "size", "heads", "frozen"), sampled(WITH_DECODER, WITH_DECODER[:1].__contains__))

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from petune.sites.beside_head import layers_beside_head
 from petune.sites.chosen_head import HeadChoice, outermost
 from petune.sites.encoder import end_of
-from petune.sites.head import find_head, head_at, head_site, predicts_classes
+from petune.sites.head import head_at, head_site, predicting_modules, predicts_classes
+from petune.sites.layers_before_head import find_layers_before_head
 from petune.sites.named_heads import NamedModules
 from petune.sites.new_weights import new_weights, placed_in_blocks
 from petune.sites.predictors import further_predictors, twin_predictors
@@ -24,12 +24,12 @@ class Heads:
 
     Attributes:
         site: All of them; None for a model without.
-        beside: Paths of layers between backbone and heads.
+        layers_before: Paths of layers between backbone and heads.
         chosen: Paths of the heads, if other ones are found in the same model with other weights, or by default.
     """
 
     site: Site | None
-    beside: tuple[str, ...]
+    layers_before: tuple[str, ...]
     chosen: tuple[str, ...] | None
 
 
@@ -38,10 +38,10 @@ def find_heads(model: nn.Module, trace: Trace, blocks: Sequence[Block], choice: 
 
     Found are what predicts, and what a checkpoint did not fill: random weights are useless unless they train.
     """
-    head = find_head(model, trace, blocks) if choice is None else head_at(model, choice)
-    beside = layers_beside_head(model, trace, outside_of(head, blocks), head)
-    if choice is None and head is not None and beside and not predicts_classes(trace):
-        head = _with(head, further_predictors(model, trace, head.modules, beside))
+    head = predicting_modules(model, trace, blocks) if choice is None else head_at(model, choice)
+    before = find_layers_before_head(model, trace, outside_of(head, blocks), head)
+    if choice is None and head is not None and before and not predicts_classes(trace):
+        head = _with(head, further_predictors(model, trace, head.modules, before))
     if choice is None and head is not None and predicts_classes(trace):
         head = _with(head, twin_predictors(trace, head.modules, end_of(trace, blocks)))
     new = _new_modules(model, blocks) if choice is None and head is not None else []
@@ -49,10 +49,10 @@ def find_heads(model: nn.Module, trace: Trace, blocks: Sequence[Block], choice: 
     is_extended = any(module not in known for _, module in new)
     if head is not None:
         head = _with(head, new)
-        beside = layers_beside_head(model, trace, outside_of(head, blocks), head)
+        before = find_layers_before_head(model, trace, outside_of(head, blocks), head)
     is_chosen = head is not None and (choice is not None or is_extended)
     return Heads(
-        head, beside, tuple(path for path, _ in head.named_modules) if head is not None and is_chosen else None
+        head, before, tuple(path for path, _ in head.named_modules) if head is not None and is_chosen else None
     )
 
 

@@ -15,7 +15,9 @@ from petune.sites.trace import Trace
 Condition = Callable[[nn.Module], bool]
 
 
-def layers_beside_head(model: nn.Module, trace: Trace, blocks: Sequence[Block], head: Site | None) -> tuple[str, ...]:
+def find_layers_before_head(
+    model: nn.Module, trace: Trace, blocks: Sequence[Block], head: Site | None
+) -> tuple[str, ...]:
     """Return paths of layers with a matrix between backbone and heads: layers for pooled features, necks, decoders.
 
     Empty if the model names its classifier by `get_classifier`.
