@@ -88,10 +88,10 @@ if TYPE_CHECKING:
     from petune.serving.hub_push import Pushed as Pushed, push as push
     from petune.serving.predict import Predictor as Predictor, predict as predict
     from petune.serving.predictions import Prediction as Prediction
-    from petune.sites.block import Block as Block, Site as Site, Tower as Tower
     from petune.sites.find import find_sites as find_sites
     from petune.sites.input_spec import Inputs as Inputs, InputSpec as InputSpec
-    from petune.sites.site import Sites as Sites
+    from petune.sites.site import Block as Block, Site as Site, Tower as Tower
+    from petune.sites.sites import Sites as Sites
     from petune.training.config import TrainConfig as TrainConfig
     from petune.training.dense_head import DenseHead as DenseHead, add_dense_head as add_dense_head
     from petune.training.events import EpochEnded as EpochEnded, Note as Note, StepDone as StepDone
@@ -154,8 +154,8 @@ _PUBLIC = {
     "serving.hub_push": "Pushed push",
     "sites.find": "find_sites",
     "sites.input_spec": "Inputs InputSpec",
-    "sites.block": "Block Site Tower",
-    "sites.site": "Sites",
+    "sites.site": "Block Site Tower",
+    "sites.sites": "Sites",
     "training.config": "TrainConfig",
     "training.dense_head": "DenseHead add_dense_head",
     "training.events": "EpochEnded Note StepDone",

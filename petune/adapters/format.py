@@ -19,7 +19,7 @@ from petune.base.block_choice import ALL
 from petune.base.errors import CheckpointError, UsageError
 from petune.base.files import MANIFEST, verify_directory, write_directory
 from petune.sites.input_spec import have_same_form
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"

@@ -21,7 +21,7 @@ from petune.base.text import plural
 from petune.sites.forward import tensors_in
 from petune.sites.hooked import removed_after
 from petune.sites.logits import synthetic_logits
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 NUM_LOGITS = 8
 """Number of saved logits and of saved features; another backbone changes all of them."""

@@ -31,7 +31,8 @@ from petune.backbones.weights import Weights, bundled_file, find_weights, fittin
 from petune.base.errors import AttachError, ConfigError, WeightsUnavailable
 from petune.base.imports import quick_imports
 from petune.sites.input_size import frames_of
-from petune.sites.site import Site, Sites, modules_in
+from petune.sites.site import Site, modules_in
+from petune.sites.sites import Sites
 
 
 @dataclass(frozen=True)

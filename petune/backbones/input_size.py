@@ -6,7 +6,7 @@ from torch import nn
 
 from petune.base.errors import AttachError, ConfigError
 from petune.sites.find import find_sites
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 ASK_FOR_SIZE = "Set it with --image-size"
 

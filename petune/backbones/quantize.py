@@ -19,7 +19,7 @@ from petune.base.errors import ConfigError, MissingExtra
 from petune.base.malloc import keep_heap
 from petune.sites.file_values import original_values
 from petune.sites.new_weights import keep_flag
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 BasePrecision = Literal["auto", "int8", "nf4"]
 SMALLEST = 2**14

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from petune.backbones.timm_models import describe
 from petune.base.errors import AttachError, ConfigError
 from petune.sites.logits import logits_of, synthetic_logits
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 def build_with_factory(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:

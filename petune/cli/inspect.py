@@ -10,7 +10,8 @@ from petune.cli.settings import Settings, configured
 from petune.cli.terminal import clean, print_data, print_facts, print_json, print_status
 
 if TYPE_CHECKING:
-    from petune.sites.site import Block, Site, Sites
+    from petune.sites.site import Block, Site
+    from petune.sites.sites import Sites
 
 FLAGS = ("method", "backbone", "dataset", "image-size", "patch-size", "head")
 DEFAULTS = {"method": "none: the backbone alone"}

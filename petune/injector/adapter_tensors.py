@@ -28,7 +28,7 @@ from petune.injector.keys import (
 from petune.injector.sparse import SparseParameters
 from petune.injector.trainable import added_to, buffers_added_to, trainable_state_of
 from petune.injector.trained_parts import TrainedParts
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 class AdapterTensors:

@@ -24,7 +24,7 @@ from petune.injector.edit_log import EditLog, Placed
 from petune.injector.frozen import block_owners
 from petune.injector.keys import TensorOwner, renamed_key
 from petune.injector.trainable import added_to
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 OUTSIDE = -1
 """The index of the block for what is in none."""

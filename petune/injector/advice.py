@@ -16,7 +16,8 @@ from petune.injector.outside_head import parameters_outside
 from petune.sites.named_heads import classifiers_of
 from petune.sites.new_weights import new_weights
 from petune.sites.recorder import record_calls
-from petune.sites.site import Block, Sites, is_within, modules_in, modules_of
+from petune.sites.site import Block, is_within, modules_in, modules_of
+from petune.sites.sites import Sites
 from petune.sites.used_parameters import used_parameters
 
 MAX_SHOWN = 6

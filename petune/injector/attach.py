@@ -32,7 +32,7 @@ from petune.sites.chosen_head import HeadChoice
 from petune.sites.find import find_sites, sites_for
 from petune.sites.logits import refuse_random
 from petune.sites.new_weights import NewWeights, new_weights
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 from petune.sites.unsuitable import quantized_kind, refuse_uninitialized, why_method_fails
 
 TRAINABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}

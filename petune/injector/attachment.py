@@ -28,7 +28,7 @@ from petune.injector.trainable import TrainableState
 from petune.injector.tuner import Recipe, Tuner
 from petune.injector.unfrozen import refuse_unfrozen, warn_of_changed
 from petune.sites.forward import forget_caches
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 class Attachment:

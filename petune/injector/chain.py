@@ -16,7 +16,8 @@ from petune.sites.forward import dry_forward, tensors_in
 from petune.sites.hooked import removed_after
 from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import share_memory
-from petune.sites.site import Block, Site, Sites
+from petune.sites.site import Block, Site
+from petune.sites.sites import Sites
 
 
 @dataclass(eq=False)

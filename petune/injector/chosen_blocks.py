@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from petune.base.block_choice import ALL
 from petune.base.errors import AttachError, SiteNotFound
 from petune.base.text import plural
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 if TYPE_CHECKING:
     from petune.injector.attachment import Attachment

@@ -24,7 +24,8 @@ from petune.sites.random_numbers import is_large
 from petune.sites.recorder import record_calls
 from petune.sites.returned import tensors_returned
 from petune.sites.routed import routed_modules, unchosen_modules
-from petune.sites.site import Block, Sites, is_within, modules_of
+from petune.sites.site import Block, is_within, modules_of
+from petune.sites.sites import Sites
 from petune.sites.undisturbed import undisturbed, without_adapters
 from petune.sites.used_parameters import leaves_of, reached_on_meta
 

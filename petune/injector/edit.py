@@ -27,7 +27,8 @@ from petune.sites.required import (
     require_block,
     require_site,
 )
-from petune.sites.site import Block, Site, Sites
+from petune.sites.site import Block, Site
+from petune.sites.sites import Sites
 
 
 class Edit:

@@ -20,7 +20,7 @@ from petune.injector.renamed import unfound_layers
 from petune.injector.saved_sites import sites_differences
 from petune.injector.trainable import trainable_state_of
 from petune.sites.input_spec import InputSpec
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool = True) -> None:

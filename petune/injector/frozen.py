@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from petune.injector.hooks.position_bias import REPLACED
 from petune.injector.keys import named_parameters
 from petune.injector.trainable import added_to, trainable_state_of
-from petune.sites.site import Site, Sites, modules_of
+from petune.sites.site import Site, modules_of
+from petune.sites.sites import Sites
 
 TABLE_DTYPES = {torch.int64, torch.bool}
 """Buffers of these are indices and counters, which a library computes itself."""

@@ -9,7 +9,7 @@ from torch import nn
 from petune.base.errors import DeadSite
 from petune.base.text import plural
 from petune.sites.routed import routed_parameters
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 def check_gradients(

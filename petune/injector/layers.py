@@ -16,7 +16,8 @@ from petune.injector.transposed_linear import is_transposed_linear
 from petune.sites.layouts import is_pointwise
 from petune.sites.recorder import record_calls
 from petune.sites.routed import routed_modules
-from petune.sites.site import Site, Sites, modules_of
+from petune.sites.site import Site, modules_of
+from petune.sites.sites import Sites
 from petune.sites.trace import Call
 from petune.sites.used_parameters import used_parameters
 

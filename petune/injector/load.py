@@ -24,7 +24,7 @@ from petune.injector.trainable import check_not_in_bank
 from petune.injector.tuner import Tuner
 from petune.sites.find import find_sites
 from petune.sites.forward import forget_caches
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 def load(

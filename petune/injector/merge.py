@@ -16,7 +16,7 @@ from petune.injector.hooks.base import After, Before
 from petune.injector.hooks.torch_attention import Projection
 from petune.injector.trainable import TrainableState
 from petune.sites.logits import max_difference, max_value, synthetic_logits
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 MAX_CHANGE = 1e-3
 """Tolerated change of the logits, relative to the largest."""

@@ -9,7 +9,8 @@ from torch import nn
 from petune.sites.named_heads import classifiers_of
 from petune.sites.norms import is_norm_module
 from petune.sites.recorder import record_calls
-from petune.sites.site import Sites, is_within, modules_of
+from petune.sites.site import is_within, modules_of
+from petune.sites.sites import Sites
 from petune.sites.used_parameters import parameters_after
 
 

@@ -32,7 +32,8 @@ from petune.sites.required import (
     require_stream,
     require_whole,
 )
-from petune.sites.site import Block, Site, Sites
+from petune.sites.site import Block, Site
+from petune.sites.sites import Sites
 
 
 class Placer:

@@ -18,7 +18,8 @@ from petune.injector.hooks.prompts import AttentionPrompts, PromptedModule, Prom
 from petune.injector.hooks.reading import Gather
 from petune.injector.hooks.side import Side
 from petune.injector.placement import Placer
-from petune.sites.site import Block, Site, Sites
+from petune.sites.site import Block, Site
+from petune.sites.sites import Sites
 
 USE_DEEP = "Use prompts in each block (vpt:deep=true), or a method without prompts, such as adaptformer"
 DISABLE_OTHER = "Attach one method with as many prompts, or disable the other one first (attachment.disable())"

@@ -13,7 +13,8 @@ from petune.base.errors import BackboneMismatch, PetuneError
 from petune.injector.trainable import trainable_state_of
 from petune.sites.find import sites_for
 from petune.sites.input_spec import InputSpec
-from petune.sites.site import Site, Sites
+from petune.sites.site import Site
+from petune.sites.sites import Sites
 
 
 def saved_sites(model: nn.Module, saved: SavedAdapter, sites: Sites | None) -> Sites | None:

@@ -21,7 +21,7 @@ from petune.injector.counts import Counts
 from petune.injector.edit_log import EditLog
 from petune.injector.registry import list_tuners
 from petune.injector.tuner import Tuner
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 MAX_UNFROZEN = 0.1
 """Largest part of a model that is copied to disable an attachment for one forward."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Set
 from torch import nn
 
 from petune.base.errors import AttachError
-from petune.sites.site import Site, Sites
+from petune.sites.site import Site
+from petune.sites.sites import Sites
 
 
 def refuse_shared(sites: Sites, shared: Set[nn.Module], site: Site) -> None:

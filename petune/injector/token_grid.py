@@ -11,7 +11,7 @@ from petune.injector.hooks.base import in_backward
 from petune.sites.forward import tensors_in
 from petune.sites.patch_order import are_out_of_order
 from petune.sites.recorder import record_calls
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 class TokenGrid:

@@ -23,7 +23,7 @@ from petune.injector.hooks.torch_attention import Projections
 from petune.injector.keys import TensorOwner, named_parameters
 from petune.injector.trained_parts import TensorValues, TrainedParts
 from petune.sites.random_draws import RandomDraws, find_random_draws
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 ATTRIBUTE = "petune_trainable_state"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

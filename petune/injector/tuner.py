@@ -51,7 +51,7 @@ from petune.base.plugins import set_config_class
 if TYPE_CHECKING:
     from petune.injector.calibration import CalibrationBatch
     from petune.injector.edit import Edit
-    from petune.sites.site import Sites
+    from petune.sites.sites import Sites
 
 
 class TunerConfig(Config):

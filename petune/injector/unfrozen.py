@@ -9,7 +9,7 @@ from torch import nn
 from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.injector.trainable import trainable_state_of
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 def refuse_unfrozen(model: nn.Module, sites: Sites) -> None:

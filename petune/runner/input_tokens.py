@@ -13,7 +13,7 @@ from petune.base.errors import PetuneError
 from petune.runner.provenance import forward_flops
 from petune.runner.run_config import RunConfig
 from petune.sites.find import find_sites
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 MANY = 8
 """Times as many tokens as the backbone was made for; fine-tuning at a higher resolution uses two to five times."""

@@ -22,7 +22,7 @@ from petune.runner.provenance import forward_flops
 from petune.runner.run_config import RunConfig
 from petune.runner.run_preprocess import check_channels
 from petune.sites.find import find_sites
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 from petune.training.task_registry import task_for
 
 

@@ -18,7 +18,7 @@ from petune.sites.forward import device_of, dtype_of
 from petune.sites.hooked import removed_after
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of, synthetic_logits
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 from petune.sites.undisturbed import undisturbed
 
 

@@ -26,7 +26,8 @@ from petune.sites.norms import is_norm
 from petune.sites.outside_blocks import layers_outside_blocks
 from petune.sites.parts import addition_to
 from petune.sites.recorder import record
-from petune.sites.site import Block, Layout, Site, Sites, Tower, is_within
+from petune.sites.site import Block, Layout, Site, Tower, is_within
+from petune.sites.sites import Sites
 from petune.sites.towers import calls_after, last_calls, rows_of
 from petune.sites.trace import Call, Trace
 from petune.sites.undisturbed import without_adapters

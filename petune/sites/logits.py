@@ -13,7 +13,7 @@ from petune.sites.forward import device_of, dtype_of, forward_of, inference
 from petune.sites.input_spec import Inputs
 from petune.sites.random_numbers import random_state
 from petune.sites.returned import logits_in, tensors_returned
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 def logits_of(output: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.hooked import removed_after
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 def are_out_of_order(model: nn.Module, sites: Sites) -> bool:

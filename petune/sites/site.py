@@ -1,283 +1,243 @@
-"""All sites of one model; `print(sites)` is a table of them."""
+"""Sites: the parts of a model that a tuner can edit, as plain data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import nn
 
-from petune.base.block_choice import chosen_in_rows, path_of_tower
-from petune.base.errors import ConfigError, SiteNotFound, UsageError
-from petune.base.text import plural
-from petune.sites.block import (
-    ROLES as ROLES,
-    Block as Block,
-    Layout as Layout,
-    Site as Site,
-    Tower as Tower,
-    is_within as is_within,
-    modules_in as modules_in,
-    modules_of as modules_of,
-)
-from petune.sites.input_spec import InputSpec
+from petune.base.errors import SiteNotFound
+
+Layout = Literal["BNC", "BHWC", "BCHW"]
+"""The layout of the tensor at a site: B batch, N tokens, C (or D) channels, H and W rows and columns.
+
+Videos may have a dimension of time before H.
+"""
+
+ROLES = ("attn", "mlp", "norm1", "norm2", "mid")
+"""The sites inside a block, as named in `Block.parts` and by its properties."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Sites:
-    """All sites of one model, as `find_sites` returns them; `print(sites)` shows a table.
-
-    `sites.head`, `sites.norm` and `sites.patch_embed` return the site, or raise SiteNotFound if the model does not have
-    it. `sites.parts` holds those that it has: `"norm" in sites.parts`, `sites.parts.get("head")`.
+class Site:
+    """A span of the forward, from the input of one module to the output of one (usually the same module).
 
     Attributes:
-        model: The model's class name.
-        input_spec: What the model takes, as it was traced.
-        blocks: The transformer blocks from input to output; empty for a model without attention.
-        parts: Patch embedding, final norm and classifier, by role.
-        num_prefix_tokens: Number of tokens before the patches (CLS, registers, distillation).
-        embed_dim: Width of the tokens in the last block, 0 without blocks.
-        grid_size: Patches as (rows, columns) at the first block's input, of a video (time, rows, columns); None if
-            unknown.
-        layers_before_head: Paths of layers between backbone and heads (for pooled features, necks, decoders); they
-            count as backbone.
-        outside_blocks: Paths of attentions and MLPs that are in no block and no head, each with the index of the last
-            block that begins before its last call.
-        further_norms: Norms between blocks and heads that are not `norm`; see `Tower.norms`.
-        chosen_head: Paths of the heads that `find_sites` was given; None if it found the heads itself.
-        all_blocks: The model's blocks, also those that were left out by `only` or `dataclasses.replace(sites,
-            blocks=…)`.
-        within: The path that `only` was given; empty for the whole model.
-        chosen_from: The sites of which a method's option `blocks` has chosen some; None if it is `all`.
-        why_no_blocks: What was seen of attention in a model without blocks.
-        all_towers: The model's towers, if it has several; see `towers`.
-        num_outputs: Number of floating-point tensors that the model returns.
-        draws_nothing: True if the model is large, and its forward in eval mode draws no random number.
+        role: `block`, `attn`, `mlp`, `norm1`, `norm2`, `mid`, `patch_embed`, `norm` or `head`.
+        path: Dotted path of the module that is entered.
+        enter: The module whose input enters the site.
+        exit_path: Dotted path of the module that is left; equal to `path` for a site that is one module.
+        exit: The module whose output leaves the site.
+        dim: Width of the tokens.
+        layout: Layout of the tensor.
+        model: The model's class name, for messages.
+        read_only: True for a tensor between modules (`mid`): an adapter can read it, but no module returns it.
+        part: First channel, and the one after the last, of a site that is a part of what the module returns, such as q
+            of a fused qkv; None for all.
+        further: Of the role `head`, path and module of all heads but the first (`enter`) and the last (`exit`).
     """
 
+    role: str
+    path: str
+    enter: nn.Module
+    exit_path: str
+    exit: nn.Module
+    dim: int
+    layout: Layout
     model: str
-    input_spec: InputSpec
-    blocks: tuple[Block, ...]
-    parts: Mapping[str, Site]
-    num_prefix_tokens: int
-    embed_dim: int
-    grid_size: tuple[int, ...] | None
-    layers_before_head: tuple[str, ...] = ()
-    outside_blocks: Mapping[str, int] = field(default_factory=dict)
-    further_norms: tuple[Site, ...] = ()
-    chosen_head: tuple[str, ...] | None = None
-    all_blocks: tuple[Block, ...] = ()
-    within: str = ""
-    chosen_from: Sites | None = None
-    why_no_blocks: str = ""
-    all_towers: tuple[Tower, ...] = ()
-    num_outputs: int = 1
-    draws_nothing: bool = False
+    read_only: bool = False
+    part: tuple[int, int] | None = None
+    further: tuple[tuple[str, nn.Module], ...] = ()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is entered; the whole site if `is_module`."""
+        return self.enter
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that bound the site: one, or two if enter and exit differ; of the role `head`, all heads."""
+        return tuple(module for _, module in self.named_modules)
+
+    @property
+    def named_modules(self) -> tuple[tuple[str, nn.Module], ...]:
+        """Path and module of each of `modules`."""
+        first, last = (self.path, self.enter), (self.exit_path, self.exit)
+        return (first,) if self.enter is self.exit else (first, *self.further, last)
+
+    @property
+    def is_module(self) -> bool:
+        """True if the site is exactly one module's call."""
+        return self.enter is self.exit and not self.read_only
+
+    @property
+    def where(self) -> str:
+        """The site as text, for tables and messages."""
+        if self.read_only:
+            return f"input of {self.path}"
+        if self.role == "head":
+            return ", ".join(path for path, _ in self.named_modules)
+        if self.part is not None:
+            return f"{self.path}[{self.part[0]}:{self.part[1]}]"
+        return self.path if self.is_module else f"{self.path} … {self.exit_path}"
+
+    def __repr__(self) -> str:
+        return f"<{self.role}: {self.where} ({self.layout}, dim {self.dim})>"
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Block(Site):
+    """A transformer block: a site itself, with sites inside.
+
+    `block.attn` and the other properties return the site, or raise SiteNotFound if this block does not have it.
+    `block.parts` holds those that it has: `"mid" in block.parts`, `block.parts.get("norm1")`.
+
+    Attributes:
+        index: Position in the model, from 0 at the input.
+        parts: The sites inside, by role; not those of a role that the block has several times.
+        branches: All attentions and MLPs, in the order of the forward; see `sublayers`. A module that the block calls
+            for several of them is listed once: an adapter there acts in each call.
+        norms: The norms of `branches`, likewise.
+        split_mlps: MLPs for other tokens than those of `branches`, such as one for text next to one for patches; they
+            are no sites of this block.
+        extra_inputs: Names of further tensors that the block is called with (rotary tables, masks).
+        num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
+        norm_first: True if norm1 comes before the attention.
+        normalizes_sum: True if the block ends with a norm of the sum of the stream and the MLP's output (post-norm), or
+            with another function of it, such as an activation.
+        bias_modules: Modules inside that return a number for each pair of tokens (relative positions).
+        own_modules: The modules that hold its weights: the block itself, or those of a block that is no module.
+    """
+
+    index: int
+    parts: Mapping[str, Site] = field(default_factory=dict)
+    branches: tuple[Site, ...] = ()
+    norms: tuple[Site, ...] = ()
+    split_mlps: tuple[Site, ...] = ()
+    extra_inputs: tuple[str, ...] = ()
+    num_windows: int = 1
+    norm_first: bool = True
+    normalizes_sum: bool = False
+    bias_modules: tuple[nn.Module, ...] = ()
+    own_modules: tuple[nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.all_blocks:
-            object.__setattr__(self, "all_blocks", self.blocks)
+        for name, roles in (("branches", ("attn", "mlp")), ("norms", ("norm1", "norm2"))):
+            sites = getattr(self, name) or tuple(self.parts[role] for role in roles if role in self.parts)
+            once = {(id(site.enter), id(site.exit)): site for site in reversed(sites)}
+            object.__setattr__(self, name, tuple(site for site in sites if site in once.values()))
 
     @property
-    def towers(self) -> tuple[Tower, ...]:
-        """The towers with those of their blocks that are among `blocks`, in the order of the forward.
+    def inner_sites(self) -> tuple[Site, ...]:
+        """All sites inside, each once."""
+        return tuple({id(site): site for site in (*self.parts.values(), *self.branches, *self.norms)}.values())
 
-        Most models have one: all blocks and `norm`. A model with several, such as CLIP's image and text, has no `norm`.
-        """
-        if not self.all_towers:
-            return (Tower(blocks=self.blocks, norm=self.parts.get("norm"), further_norms=self.further_norms),)
-        chosen = {id(block.enter) for block in self.blocks}
-        kept = (replace(t, blocks=tuple(b for b in t.blocks if id(b.enter) in chosen)) for t in self.all_towers)
-        return tuple(tower for tower in kept if tower.blocks)
-
-    def with_blocks(self, indices: Sequence[int] | None) -> Sites:
-        """Return these sites with the blocks of these indices only; None means all."""
-        chosen = tuple(b for b in self.all_blocks if indices is None or b.index in indices)
-        return replace(self, blocks=chosen, chosen_from=None)
-
-    def only(self, where: str | Callable[[Block], bool]) -> Sites:
-        """Return these sites with the blocks of a tower or an encoder only.
-
-        Methods then leave the rest of the model alone, except for the head. `attach` saves the choice with the adapter.
-
-        Args:
-            where: Path of a module, such as `vision_model`, to stay inside it, with the patch embedding and the final
-                norm that it holds; or a function that returns True for the blocks to keep.
+    @property
+    def sublayers(self) -> tuple[Site, ...]:
+        """All attentions and MLPs, in the order of the forward; two in most blocks, three in a decoder's.
 
         Raises:
-            SiteNotFound: No block is there.
-            UsageError: `where` is neither.
+            SiteNotFound: petune has found no attention, or no MLP.
         """
-        if not isinstance(where, str):
-            if not callable(where):
-                raise UsageError(f"only takes the path of one module or a function, not {type(where).__name__}")
-            kept = tuple(block for block in self.blocks if where(block))
-            if not kept:
-                raise SiteNotFound(f"the function returned True for none of the {plural(len(self.blocks), 'block')}")
-            return replace(self, blocks=kept, chosen_from=None)
-        kept = tuple(block for block in self.blocks if is_within(block.path, where))
-        if not kept:
-            parents = dict.fromkeys(block.path.rpartition(".")[0] for block in self.blocks)
-            raise SiteNotFound(
-                f"{self.model} has no block inside {where!r}. Its blocks are in: {', '.join(parents) or 'none'}"
-            )
-        parts = {role: s for role, s in self.parts.items() if role == "head" or is_within(s.path, where)}
-        towers = tuple(tower.within(where) for tower in self.all_towers)
-        norms = tuple(norm for norm in self.further_norms if is_within(norm.path, where))
-        return replace(
-            self, blocks=kept, parts=parts, within=where, chosen_from=None, all_towers=towers, further_norms=norms
-        )
-
-    def choose(self, blocks: str | Sequence[int]) -> Sites:
-        """Return these sites with the blocks that a method's option `blocks` chooses; `in:PATH` is `only(PATH)`.
-
-        In a model of several towers `last:K`, `first:K` and `every:K` choose blocks of each.
-
-        Raises:
-            ConfigError: The model has no such blocks.
-        """
-        given = self if self.chosen_from is None else replace(self, chosen_from=None)
-        if tower := path_of_tower(blocks):
-            try:
-                return replace(given.only(tower), chosen_from=given)
-            except SiteNotFound as error:
-                raise ConfigError(f"blocks is {blocks}: {error}") from error
-        rows = [[block.index for block in tower.blocks] for tower in self.towers]
-        indices = chosen_in_rows(blocks, rows, self.model)
-        if len(indices) == len(self.blocks):
-            return given
-        return replace(given.with_blocks(indices), chosen_from=given)
+        roles = {site.role for site in self.branches}
+        for role in ("attn", "mlp"):
+            if role not in roles:
+                self._part(role)
+        return self.branches
 
     @property
-    def given(self) -> Sites:
-        """These sites as they were before a method's option `blocks` chose some."""
-        return self if self.chosen_from is None else self.chosen_from
-
-    def left_out_modules(self) -> set[nn.Module]:
-        """Return the modules of the blocks that were left out."""
-        chosen = {id(block.enter) for block in self.blocks}
-        return modules_of(b for b in self.all_blocks if id(b.enter) not in chosen) - modules_of(self.blocks)
-
-    def shared_with_left_out(self) -> set[nn.Module]:
-        """Return the modules of the blocks that blocks which were left out call, too."""
-        chosen = {id(block.enter) for block in self.blocks}
-        others = [b for b in self.all_blocks if id(b.enter) not in chosen]
-        return modules_of(others) & modules_of(self.blocks) if others else set()
-
-    def block_modules(self) -> set[nn.Module]:
-        """Return the modules that bound the blocks, of all that were found."""
-        return {module for block in self.all_blocks for module in block.modules}
-
-    def head_modules(self) -> set[nn.Module]:
-        """Return all modules inside the heads; none for a model without."""
-        return modules_in([self.parts["head"]]) if "head" in self.parts else set()
+    def attn(self) -> Site:
+        """The attention, from its normalized input to its output before LayerScale and drop path."""
+        return self._part("attn")
 
     @property
-    def patch_embed(self) -> Site:
-        """The patch embedding, from image to tokens."""
-        return self._part("patch_embed", "patch embedding that petune can find")
+    def mlp(self) -> Site:
+        """The MLP, from its normalized input to its output; enter and exit differ if it is several modules in a row."""
+        return self._part("mlp")
 
     @property
-    def norm(self) -> Site:
-        """The final normalization, of a model with one tower."""
-        paths = [tower.blocks[-1].path for tower in self.towers] if self.all_towers else []
-        several = f"final norm of all blocks, but {len(paths)} towers, which end with {', '.join(paths)}"
-        advice = "Use sites.towers, each with its norm, or sites.only(…) and blocks=in:PATH for one of them"
-        return self._part("norm", f"{several}. {advice}" if len(paths) > 1 else "final norm that petune can find")
+    def norm1(self) -> Site:
+        """The normalization of the attention."""
+        return self._part("norm1")
 
     @property
-    def head(self) -> Site:
-        """The classifier; of a model for detection or segmentation, all layers that predict."""
-        advice = (
-            "Build the model with the number of classes (timm: num_classes=N, or model.reset_classifier(N)); name the "
-            'layers that predict, such as head=["visual_projection", "text_projection"] for two towers; or attach with '
-            "train_head=False to train none"
-        )
-        return self._part("head", f"classifier. {advice}")
+    def norm2(self) -> Site:
+        """The normalization of the MLP."""
+        return self._part("norm2")
 
-    def _part(self, role: str, missing: str) -> Site:
+    @property
+    def mid(self) -> Site:
+        """The residual stream after the attention and before the MLP's norm."""
+        return self._part("mid")
+
+    def _part(self, role: str) -> Site:
         if role in self.parts:
             return self.parts[role]
-        raise SiteNotFound(f"{self.model} has no {missing}")
-
-    def require_blocks(self) -> tuple[Block, ...]:
-        """Return the blocks of a model that must have some.
-
-        Raises:
-            SiteNotFound: The model has none.
-        """
-        if not self.blocks:
-            reason = f": {self.why_no_blocks}" if self.why_no_blocks else ""
-            raise SiteNotFound(
-                f"{self.model} has no attention block that petune can find{reason}. Use linear or full, which need none"
+        several = [site.where for site in self.branches if site.role == role]
+        missing = f"{len(several)} sites {role!r} ({', '.join(several)}), not one" if several else f"no site {role!r}"
+        if role == "mid" and "mlp" not in self.parts and all(site.role != "mlp" for site in self.branches):
+            missing += (
+                " (petune saw no MLP in it that is modules of its own: it may be fused with the attention, or experts)"
             )
-        return self.blocks
-
-    @property
-    def input_size(self) -> tuple[int, ...]:
-        """Size of one sample: (channels, height, width) of an image, with frames for a video."""
-        return self.input_spec.size
-
-    @property
-    def image_grid(self) -> tuple[int, int] | None:
-        """Patches as (rows, columns), of a model whose grid has no time; None for others."""
-        if self.grid_size is None or len(self.grid_size) != 2:
-            return None
-        return self.grid_size[0], self.grid_size[1]
-
-    @property
-    def patch_size(self) -> tuple[int, int] | None:
-        """Pixels (rows, columns) of a patch at the first block's input; None if unknown."""
-        if self.grid_size is None or len(self.input_size) < 3:
-            return None
-        height, width = self.input_size[-2:]
-        return height // self.grid_size[-2], width // self.grid_size[-1]
-
-    def first_owner(self, site: Site) -> Block | None:
-        """Return the earlier block with which the block of `site` shares that module; None for one of its own.
-
-        Args:
-            site: A site of a block, from `Block.parts`.
-        """
-        block = next((b for b in self.blocks if any(part is site for part in b.inner_sites)), None)
-        earlier = [b for b in self.blocks if block is not None and b.index < block.index]  # some may be left out
-        owners = (b for b in earlier if any(s.role == site.role and s.exit is site.exit for s in b.inner_sites))
-        return None if site.read_only else next(owners, None)
-
-    def __str__(self) -> str:
-        grid = "?" if self.grid_size is None else "x".join(map(str, self.grid_size))
-        title = (
-            f"{self.model}: {plural(len(self.blocks), 'block')}, width {self.embed_dim}, grid {grid}, "
-            f"{plural(self.num_prefix_tokens, 'prefix token')}, input {self.input_spec.text}"
+        elif role == "mid":
+            missing += " (petune saw no stream between attention and MLP to which the MLP's output is added"
+            missing += (
+                ")" if self.is_module else "; the block is no module, and factors of its parent are not followed)"
+            )
+        before_mlp = self.parts.get("norm2") or self.parts.get("attn")
+        keeps_width = before_mlp is None or "mlp" not in self.parts or before_mlp.dim == self.parts["mlp"].dim
+        is_readable = role == "mid" and "mlp" in self.parts and keeps_width
+        advice = "adaptformer:input=norm, which reads what enters the MLP, a method" if is_readable else "a method"
+        raise SiteNotFound(
+            f"block {self.index} ({self.path}) of {self.model} has {missing}; it has: "
+            f"{', '.join(('block', *self.parts))}. Use {advice} that edits one of those, or linear, or full",
+            role=role,
         )
-        rows = [("site", "where", "layout", "dim")]
-        for name, site in self._rows():
-            rows.append((name, "-", "-", "-") if site is None else (name, site.where, site.layout, str(site.dim)))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([title, *lines, *self.describe_heads()[1:]])
 
-    def describe_choice(self) -> list[str]:
-        """Return a line that says which blocks were chosen; empty for all."""
-        if len(self.blocks) == len(self.all_blocks):
-            return []
-        indices = ", ".join(str(block.index) for block in self.blocks)
-        return [f"blocks: {indices} of {len(self.all_blocks)}"]
 
-    def describe_heads(self) -> list[str]:
-        """Return lines that name the heads, and the layers before them; empty for a single classifier."""
-        head = self.parts.get("head")
-        if head is None or (head.is_module and not self.layers_before_head):
-            return []
-        before = ", ".join(self.layers_before_head)
-        return [f"head: {head.where}", *([f"before the head, counted as backbone: {before}"] if before else [])]
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tower:
+    """One of several rows of blocks that do not read each other, such as those of CLIP's image and text.
 
-    __repr__ = __str__
+    Attributes:
+        blocks: From input to output. Blocks that several towers share, such as the encoder of two decoders, are in
+            each.
+        norm: The final norm; None without one.
+        further_norms: Other norms between blocks and heads; see `norms`.
+    """
 
-    def _rows(self) -> list[tuple[str, Site | None]]:
-        rows: list[tuple[str, Site | None]] = [("patch_embed", self.parts.get("patch_embed"))]
-        for block in self.blocks:
-            rows.append((f"block {block.index}", block))
-            rows += [(f"  {role}", block.parts.get(role)) for role in ROLES]
-        norms: list[Site | None] = [*dict.fromkeys(norm for tower in self.towers for norm in tower.norms)] or [None]
-        return [*rows, *(("norm", norm) for norm in norms), ("head", self.parts.get("head"))]
+    blocks: tuple[Block, ...]
+    norm: Site | None
+    further_norms: tuple[Site, ...] = ()
+
+    @property
+    def norms(self) -> tuple[Site, ...]:
+        """All norms of tokens between blocks and heads, which no block reads.
+
+        Most towers have one. A model may have several in a row, one for its class token and another for its patches,
+        or one after each block whose features a head reads.
+        """
+        return (*self.further_norms, *(() if self.norm is None else (self.norm,)))
+
+    def within(self, where: str) -> Tower:
+        """Return the tower without those of its norms that are not inside the module at the path `where`."""
+        norm = self.norm if self.norm is not None and is_within(self.norm.path, where) else None
+        further = tuple(other for other in self.further_norms if is_within(other.path, where))
+        return replace(self, norm=norm, further_norms=further)
+
+
+def is_within(path: str, parent: str) -> bool:
+    """Return True if a module is the one at the path `parent`, or inside it."""
+    return not parent or path == parent or path.startswith(f"{parent}.")
+
+
+def modules_of(blocks: Iterable[Block]) -> set[nn.Module]:
+    """Return the modules of blocks and of the sites inside, with all modules within them."""
+    return modules_in(site for block in blocks for site in (block, *block.inner_sites))
+
+
+def modules_in(sites: Iterable[Site]) -> set[nn.Module]:
+    """Return the modules that bound some sites, with all modules within them."""
+    return {m for site in sites for bound in site.modules for m in bound.modules()}

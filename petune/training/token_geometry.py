@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import ConfigError
 from petune.sites.patch_order import changes, first_tokens, follow_image, other_patches
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 def check_geometry(model: nn.Module, sites: Sites) -> None:

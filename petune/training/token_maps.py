@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from petune.base.errors import ConfigError
 from petune.sites.forward import tensors_in
 from petune.sites.recorder import record_calls
-from petune.sites.site import Block, Layout, Sites
+from petune.sites.site import Block, Layout
+from petune.sites.sites import Sites
 from petune.training.token_geometry import check_geometry
 
 Grid = tuple[int, int]

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from petune.injector.hooks.bias_tables import Switch, insert, looks_up_table, table_switch
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
-from petune.sites.site import Block, Sites
+from petune.sites.site import Block
+from petune.sites.sites import Sites
 
 # Ways to use positions that neither shapes nor the trace show, with the timm classes that have them:
 PREFIX = "num_prefix_tokens"  # number of tokens that are not rotated (EVA, ROPE ViT, DINOv3, Qwen3)

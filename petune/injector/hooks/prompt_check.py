@@ -21,7 +21,8 @@ from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.hooked import removed_after
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of, max_difference, max_value
-from petune.sites.site import Block, Sites
+from petune.sites.site import Block
+from petune.sites.sites import Sites
 
 LOG = logging.getLogger(__name__)
 

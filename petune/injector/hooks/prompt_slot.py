@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from petune.base.errors import AttachError
-from petune.sites.site import Block, Site, Sites
+from petune.sites.site import Block, Site
+from petune.sites.sites import Sites
 
 
 @dataclass(frozen=True)

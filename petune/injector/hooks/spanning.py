@@ -16,7 +16,8 @@ from torch.autograd import Variable
 
 from petune.injector.hooks.base import Args, Kwargs, in_backward, tensor_of, version_of
 from petune.injector.hooks.reading import Gather
-from petune.sites.site import Site, Sites
+from petune.sites.site import Site
+from petune.sites.sites import Sites
 
 ADVICE = "Use gradient checkpointing with use_reentrant=False"
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from petune.serving.predict import Predictor
 from petune.sites.attention_weights import record_attention
-from petune.sites.site import Sites
+from petune.sites.sites import Sites
 
 
 def attention_maps(predictor: Predictor, x_BCHW: Tensor) -> Tensor | None:
