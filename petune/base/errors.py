@@ -234,7 +234,7 @@ class ContractViolation(PetuneError, AssertionError):
 
 
 class Stopped(PetuneError):
-    """A signal stopped the run; its progress is saved and it can be resumed."""
+    """A signal stopped the run; its progress is saved. The same call resumes it, of a single run with resume=True."""
 
     exit_code = 75
 

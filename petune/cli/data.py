@@ -12,7 +12,7 @@ from petune.base.text import plural
 from petune.cli.data_tables import print_counts
 from petune.cli.help import Command
 from petune.cli.options import DataDir, Json, user_path
-from petune.cli.terminal import clean, print_data, print_json
+from petune.cli.terminal import clean, print_data, print_json, print_status
 
 if TYPE_CHECKING:
     from petune.data.check import DataReport, NearDuplicates, NearPair
@@ -86,11 +86,12 @@ def show(
 ) -> None:
     """Write one HTML page with random images as a model sees them, before and after augmentation."""
     from petune.base.yaml_values import parse_value
-    from petune.data import load_dataset
+    from petune.data.load import load_readable
     from petune.runner.report.data_page import Sample, write_data_page
 
-    loaded = load_dataset(dataset, user_path(data_dir) if data_dir else None, image_size)
+    loaded = load_readable(dataset, user_path(data_dir) if data_dir else None, image_size)
     steps = parse_value(augment) if augment.startswith("[") else augment
+    print_status(clean(f"{loaded.name} from {loaded.source}"))
     sample = Sample(split, image_size, steps, images, times, seed)
     page = write_data_page(loaded, user_path(output), sample)
     if json:

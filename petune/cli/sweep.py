@@ -125,6 +125,8 @@ def print_sweep(table: Sweep) -> None:
         main = table.metric_info[0]
         test = f", {main.text(table.result.metrics.get(main.name))} on test" if table.result else ""
         print_status(clean(f"best: trial {table.best}, {main.text(table.val(table.rows[table.best]))} on val{test}"))
+        for sentence in table.at_an_edge():
+            print_status(clean(sentence))
     print_status(f"output: {table.output}")
 
 

@@ -27,6 +27,8 @@ MAX_BROKEN = 0.01
 FRAMES = 8
 """Frames of a clip unless the backbone or the dataset's options say otherwise: for models of images, or none."""
 TEST_FRACTION = 0.2
+FEW_TEST_IMAGES = 10
+"""The accuracy on fewer images of a class has a standard error of up to 16 points."""
 CUT_TEST_NOTE = f" (no test split: {TEST_FRACTION:.0%} of train is used for testing)"
 IMAGE_TYPES = ("uint8", "uint16", "float32")
 
@@ -242,6 +244,21 @@ class Dataset:
         absent = self.target.absent((self.val if part == "val" else self.test).targets)
         shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         return f"no {part} image of {shown}" if absent else ""
+
+    def few_test_images_note(self) -> str:
+        """Return a warning naming the classes with few test images; empty if every class has enough."""
+        if self.target.kind != "class":
+            return ""
+        counts = np.bincount(self.test.targets, minlength=self.num_classes)
+        few = [
+            f"{name} ({count})" for name, count in zip(self.classes, counts, strict=True) if 0 < count < FEW_TEST_IMAGES
+        ]
+        if not few:
+            return ""
+        shown = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
+        return (
+            f"warning: classes with fewer than {FEW_TEST_IMAGES} test images, whose accuracy is mostly chance: {shown}"
+        )
 
     def with_shots(self, count: int, seed: int) -> Dataset:
         """Keep `count` training images per class, drawn by `seed` (few-shot).

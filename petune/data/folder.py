@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.band_files import form_of_all
 from petune.data.bands import RGB, ImageForm
@@ -20,7 +19,7 @@ from petune.data.copies import copies_note, rows_of_copies
 from petune.data.dataset import CUT_TEST_NOTE, MAX_BROKEN, Dataset, OnBroken, Split, Target
 from petune.data.doubtful_classes import names_of_splits_note
 from petune.data.find_images import size_and_time, skipped_note
-from petune.data.images import decode_image, decode_images
+from petune.data.images import decode_image, decode_images, refuse_broken
 from petune.data.layout import ClassFiles, list_images
 from petune.data.on_request import on_request_note
 from petune.data.splits import left_out_note
@@ -31,7 +30,13 @@ CROP = 0.875  # timm's usual share of the side for evaluation; the rest is store
 BROKEN_LABEL = -1
 
 
-def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cache_gb: float = CACHE_GB) -> Dataset:
+def load_folder(
+    path: Path,
+    image_size: int,
+    on_broken: OnBroken = "error",
+    cache_gb: float = CACHE_GB,
+    max_broken: float = MAX_BROKEN,
+) -> Dataset:
     """Load PATH/train/CLASS/*, PATH/val/CLASS/*, PATH/test/CLASS/*, or PATH/CLASS/*.
 
     Missing splits are cut from train. If there is only val/, it is used for testing, as in ImageNet. The test split
@@ -41,8 +46,9 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cach
         path: The folder.
         image_size: Side, in pixels, at which the images will be used; they are stored with a margin around it.
         on_broken: What to do with an image that cannot be decoded. `skip` leaves it out and names it in `source`; more
-            than 1 % of a split is an error.
+            than `max_broken` of a split is an error.
         cache_gb: Splits whose decoded images are larger, in 10⁹ bytes, are decoded each time they are read.
+        max_broken: Share of a split.
 
     Raises:
         DataError: No images, fewer than two classes, an empty class, classes that differ between splits, or an image
@@ -50,7 +56,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cach
     """
     files, skipped = list_images(path)
     form = form_of_all([file for classes in files.values() for images in classes.values() for file in images])
-    decoder = _Decoder(path, math.ceil(image_size / CROP), on_broken == "skip", cache_gb, form)
+    decoder = _Decoder(path, math.ceil(image_size / CROP), max_broken if on_broken == "skip" else None, cache_gb, form)
     splits: dict[str, Split] = {}
     broken: list[Path] = []
     for part, classes in files.items():
@@ -61,7 +67,8 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cach
     notes = (
         _broken_note(path, broken),
         f"{plural(num_copies, 'copy', 'copies')} of other images, kept in the same split" if num_copies else "",
-        copies_note({part: list(chain(*classes.values())) for part, classes in files.items()}, path),
+        *(_other_class_note(split, path) for split in splits.values()),
+        copies_note({_used_as(part, files): [*chain(*classes.values())] for part, classes in files.items()}, path),
         dataset.missing_classes_note("test"),
         skipped_note(skipped),
         left_out_note(path),
@@ -81,8 +88,28 @@ def with_splits(name: str, path: Path, classes: tuple[str, ...], splits: Mapping
     if "test" in splits:
         return replace(dataset, val=splits.get("val", empty), test=splits["test"])
     if "val" in splits:
-        return replace(dataset, test=splits["val"], source=f"{path} (val is used for testing)")
+        return replace(
+            dataset, test=splits["val"], source=f"{path} (val is used for testing, and another val is cut from train)"
+        )
     return replace(dataset.with_test(), source=f"{path}{CUT_TEST_NOTE}")
+
+
+def _used_as(part: str, parts: Collection[str]) -> str:
+    """Return `test` for a val folder that is used for testing."""
+    return "test" if part == "val" and "test" not in parts else part
+
+
+def _other_class_note(split: Split, path: Path) -> str:
+    """Warn of copies of an image in another class; empty if there are none."""
+    assert split.names is not None
+    first: dict[int, int] = {}
+    pairs = [(i, first.setdefault(row, i)) for i, row in enumerate(split.rows.tolist())]
+    found = [(i, j) for i, j in pairs if split.targets[i] != split.targets[j]]
+    if not found:
+        return ""
+    copy, original = (Path(str(split.names[i])).relative_to(path) for i in found[0])
+    are = "copy of an image is" if len(found) == 1 else "copies of images are"
+    return f"warning: {len(found)} {are} in another class, such as {copy} and {original}"
 
 
 def _broken_note(path: Path, broken: Sequence[Path]) -> str:
@@ -97,14 +124,14 @@ class _Decoder:
     Attributes:
         root: The folder.
         side: Side of the stored images, in pixels.
-        skip: Leave out images that cannot be decoded.
+        max_broken: Share of a split that may be left out because it cannot be decoded; None if nothing may.
         cache_gb: Largest size of the decoded images of a split in the cache, in 10⁹ bytes.
         form: Channels and type of all images.
     """
 
     root: Path
     side: int
-    skip: bool
+    max_broken: float | None
     cache_gb: float
     form: ImageForm
 
@@ -124,19 +151,15 @@ class _Decoder:
         files = [[str(path.relative_to(self.root)), *size_and_time(path)] for path in paths]
         key = {"format": FORMAT, "root": str(self.root.resolve()), "side": self.side, "files": files}
         form = {} if self.form == RGB else {"channels": self.form.channels, "dtype": self.form.dtype}
-        return key | form | ({"skip": 1} if self.skip else {})
+        skip = {} if self.max_broken is None else {"skip": 1 if self.max_broken == MAX_BROKEN else self.max_broken}
+        return key | form | skip
 
     def _fill(
         self, paths: Sequence[Path], labels: NDArray[np.int64], allocate: Allocate
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         out = allocate(len(paths), self.side, self.form.channels, self.form.dtype)
-        broken = decode_images(paths, out, skip=self.skip, form=self.form)
-        if len(broken) > MAX_BROKEN * len(paths):
-            raise DataError(
-                f"broken images: {len(broken)} of {len(paths)}, more than the {MAX_BROKEN:.0%} that may be skipped. "
-                f"The first: {next(iter(broken.values()))}",
-                cli_hint=f"`petune data check {self.root}` lists them all",
-            )
+        broken = decode_images(paths, out, form=self.form)
+        refuse_broken([*broken.values()], len(paths), self.max_broken, str(self.root))
         marked = labels.copy()
         marked[list(broken)] = BROKEN_LABEL
         return marked, rows_of_copies(paths)

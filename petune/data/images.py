@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from petune.base.errors import DataError
 from petune.data.band_files import ARRAY_SUFFIXES, TIFF_SUFFIXES, preview, read_bands
 from petune.data.bands import RGB, ImageForm, as_image, bands_square
+from petune.data.dataset import MAX_BROKEN
 from petune.data.image_limit import refuse_bomb
 from petune.data.jpeg import jpeg_pixels
 from petune.data.squares import center_pixels, pixels_of
@@ -89,22 +90,16 @@ def limit_threads(count: int) -> None:
     _LIMIT[0] = min(count, MAX_THREADS)
 
 
-def decode_images(
-    paths: Sequence[Path], out: NDArray[Any], *, skip: bool = False, form: ImageForm = RGB
-) -> dict[int, str]:
-    """Decode `paths` into `out`, one thread per core (Pillow decodes without the GIL).
+def decode_images(paths: Sequence[Path], out: NDArray[Any], *, form: ImageForm = RGB) -> dict[int, str]:
+    """Decode `paths` into `out`, one thread per core (Pillow decodes without the GIL); what is broken stays black.
 
     Args:
         paths: N files.
         out: (N, S, S, C), of the type and channels of `form`, filled here.
-        skip: Leave images black that cannot be decoded, instead of raising.
         form: See `petune.data.band_files.form_of_all`.
 
     Returns:
-        With `skip`, the positions of the images that cannot be decoded, and why.
-
-    Raises:
-        DataError: Without `skip`: the first image, in order, that cannot be decoded.
+        The positions of the images that cannot be decoded, and why; see `refuse_broken`.
     """
     broken: dict[int, str] = {}
 
@@ -113,11 +108,6 @@ def decode_images(
             try:
                 out[i] = decode_image(paths[i], out.shape[1], form)
             except DataError as error:
-                if not skip:
-                    raise DataError(
-                        f"{error}. Repair or remove it, or skip up to 1 % of the images with on_broken='skip'",
-                        cli_hint="The flag is --set on_broken=skip",
-                    ) from None
                 out[i], broken[i] = 0, str(error)
 
     with warnings.catch_warnings(), image_workers(num_threads()) as workers:
@@ -125,6 +115,34 @@ def decode_images(
         for _ in workers.pool.map(decode, range(0, len(paths), CHUNK)):
             pass
     return dict(sorted(broken.items()))
+
+
+def refuse_broken(broken: Sequence[str], total: int, max_broken: float | None, place: str, noun: str = "image") -> None:
+    """Raise an error if more images are broken than may be skipped; it names only ways that work.
+
+    Args:
+        broken: A message for each, in order.
+        total: Number of images.
+        max_broken: Share that may be skipped; None if the user did not ask for it.
+        place: The dataset, for the message.
+        noun: The word for an image.
+
+    Raises:
+        DataError: With all messages in `broken`.
+    """
+    if not broken or (max_broken is not None and len(broken) <= max_broken * total):
+        return
+    others = f" and {len(broken) - 1} more of {total:,}" if len(broken) > 1 else ""
+    limit = f"only {MAX_BROKEN:.0%} may be skipped"
+    if len(broken) <= MAX_BROKEN * total:
+        text = f"{broken[0]}{others}. Repair or remove {'them' if others else 'it'}, or skip with on_broken='skip'"
+        hint = "The flag is --set on_broken=skip"
+    else:
+        text = f"broken {noun}s: {len(broken)} of {total:,}, and {limit}. Repair or remove them. The first: {broken[0]}"
+        hint = f"`petune data check {place}` lists them all"
+    error = DataError(text, cli_hint=hint)
+    error.broken = tuple(broken)
+    raise error
 
 
 def decode_image(path: Path, side: int, form: ImageForm = RGB) -> NDArray[Any]:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from petune.base.arguments import check_arguments
 from petune.base.entry_points import OWN
-from petune.base.errors import ConfigError, PluginError
+from petune.base.errors import ConfigError, DataError, PluginError
 from petune.base.plugins import plugin_errors
 from petune.data.cache import CACHE_GB
 from petune.data.dataset import FRAMES, Dataset, OnBroken
@@ -47,6 +47,24 @@ def load_dataset(
         raise ConfigError(f"frames is {frames}. Use a number from 1")
     root = data_dir_or_default(Path(data_dir) if data_dir else None)
     return read_dataset(name, ReadContext(image_size, root, on_broken, channels, cache_gb, frames=frames))
+
+
+def load_readable(name: str, data_dir: str | Path | None, image_size: int) -> Dataset:
+    """Load a dataset to look at it; images that cannot be decoded are left out, however many, and named in `source`.
+
+    Args:
+        name, data_dir, image_size: See `load_dataset`.
+
+    Raises:
+        PetuneError: See `load_dataset`.
+    """
+    try:
+        return load_dataset(name, data_dir, image_size)  # as a run reads it, so that it is decoded into the cache once
+    except DataError as error:
+        if not error.broken:
+            raise
+    root = data_dir_or_default(Path(data_dir) if data_dir else None)
+    return read_dataset(name, ReadContext(image_size, root, "skip", max_broken=1.0))
 
 
 def read_dataset(name: str, context: ReadContext) -> Dataset:

@@ -80,7 +80,9 @@ class Attachment:
 
     def __str__(self) -> str:
         state = "detached" if not self.attached else "enabled" if self.enabled else "disabled"
-        title = f"{self.name}: {self.method} on {self.sites.model}, {state}\n{self.counts}"
+        options = self.tuner.config.model_dump(exclude_defaults=True)
+        chosen = f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
+        title = f"{self.name}: {self.method}{chosen} on {self.sites.model}, {state}\n{self.counts}"
         return "\n".join([title, *self.sites.describe_choice(), *self.sites.describe_heads()])
 
     def __repr__(self) -> str:

@@ -83,6 +83,7 @@ def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunRe
         output=str(trained.run_dir),
         provenance=provenance(trained.ready.device) | how,
         num_classes=len(trained.ready.dataset.classes),
+        num_images={part: len(getattr(trained.ready.dataset, part)) for part in ("train", "val", "test")},
         num_frames=trained.ready.dataset.train.num_frames,
         from_run=str(config.from_run) if config.from_run else None,
     )

@@ -201,6 +201,7 @@ def _prepare_model(
     backbone = group.main_first(lambda: build(config, keep_head=keep_head, stay_in_file=stays))
     context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
     context.note(_note_of_channels(channels, backbone))
+    context.note(dataset.few_test_images_note())
     context.note(note_of_clips(backbone))
     context.note(warn_of_tokens(config, backbone.sites or find_sites(backbone.model)) if config.image_size else "")
     return backbone

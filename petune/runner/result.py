@@ -41,6 +41,7 @@ class RunResult(Config):
         provenance: Versions, machine, threads, commit; see `petune.runner.provenance`.
         from_run: The run that this one continues from, if it does.
         num_classes: Classes of the dataset; None if an older version wrote the result.
+        num_images: Of train, val and test; empty if an older version wrote the result.
         num_frames: Frames of a clip; None for images. Of clips, `images_per_s` and `forward_flops` are those of a clip.
     """
 
@@ -72,6 +73,7 @@ class RunResult(Config):
     provenance: dict[str, Any]
     from_run: str | None = None
     num_classes: int | None = None
+    num_images: dict[str, int] = {}
     num_frames: int | None = None
     stopped_early: bool = False
 
@@ -115,6 +117,8 @@ class RunResult(Config):
         main = self.metric_info[0]
         unit = "images" if self.num_frames is None else "clips"
         val = (self.val_metrics or {}).get(main.name)
+        counts = [f"{part} {number:,}" for part, number in self.num_images.items() if number]
+        sizes = f"; {unit}: {', '.join(counts)}" if counts else ""
         early = ", stopped early" if self.stopped_early else ""
         of_all = format_percent(self.percent_of_total, 3)
         of_backbone = format_percent(self.percent_of_backbone, 3)
@@ -125,7 +129,7 @@ class RunResult(Config):
             ("method", self.method),
             *([("continued from", self.from_run)] if self.from_run else ()),
             ("backbone", f"{self.backbone_full_name}, weights {self.weights}"),
-            ("dataset", f"{self.dataset}, seed {self.seed}"),
+            ("dataset", f"{self.dataset}, seed {self.seed}{sizes}"),
             *((f"{m.label} on test", m.text(self.metrics.get(m.name))) for m in shown_metrics(self.metric_info)),
             (f"{main.label} on val", f"{main.text(val)}  (epoch {self.epoch} of {self.epochs}{early}{again})"),
             ("tuned", f"{self.tuned:,}  (with the head {share})"),

@@ -178,6 +178,10 @@ class AdapterBank:
                 with self._inactive():
                     self._loader.detach(kind)
 
+    def __repr__(self) -> str:
+        names = ", ".join(map(repr, self.adapters)) or "none"
+        return f"<AdapterBank on {type(self.model).__name__}, adapters: {names}; active: {self.active!r}>"
+
     def __enter__(self) -> Self:
         return self
 

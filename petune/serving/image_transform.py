@@ -99,7 +99,7 @@ class ImageTransform:
         files = {i: image for i, image in enumerate(images) if isinstance(image, Path)}
         positions = list(files)
         decoded = np.empty((len(files), *out.shape[1:]), self.form.dtype)
-        broken = decode_images(list(files.values()), decoded, skip=True, form=self.form)
+        broken = decode_images(list(files.values()), decoded, form=self.form)
         out[positions] = decoded
         errors = {positions[i]: reason for i, reason in broken.items()}
         for i, image in enumerate(images):

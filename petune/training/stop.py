@@ -78,7 +78,7 @@ class StopFlag:
 
     def raise_stopped(self) -> NoReturn:
         """Raise `Stopped`."""
-        raise Stopped(f"stopped by {self._signal()}. Progress is saved; run again with resume=true to continue")
+        raise Stopped(f"stopped by {self._signal()}. Progress is saved")
 
     def _check_before_training(self, group: Group) -> None:
         if group.any_rank(self.signal_name is not None):

@@ -191,3 +191,15 @@ def test_different_channels_are_a_problem(petune: Run, tmp_path: Path) -> None:
     assert done.code == 4
     assert "12 channels of uint8" in done.out
     assert "unusable channels" in done.out
+
+
+def test_broken_images_are_left_out_of_the_page(petune: Run, tmp_path: Path) -> None:
+    for number in range(12):
+        file = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(file)
+    (tmp_path / "pets" / "cat" / "broken.png").write_bytes(b"no image")
+    shown = petune("data", "show", "pets", "--image-size", "8", "--images", "20")
+    assert shown.code == 0, shown.err
+    assert "1 broken image skipped: cat/broken.png" in shown.err
+    assert (tmp_path / "images.html").exists()

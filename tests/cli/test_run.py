@@ -25,7 +25,7 @@ BACKBONE = "vit_tiny_patch16_224,depth=2,embed_dim=48,img_size=32,patch_size=4"
 RESULT = f"""\
 method linear
 backbone {re.sub(r"[0-9]+", "#", BACKBONE)}, weights none
-dataset digits, seed #
+dataset digits, seed #; images: train #, val #, test #
 top-# on test # %
 top-# on test # %
 macro accuracy on test # %
@@ -225,6 +225,7 @@ def test_ctrl_c_exits_with_75_and_prints_the_command_to_resume(tiny: Words, tmp_
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (75, "")
     assert "error: stopped by SIGINT" in err
+    assert "resume=true" not in err  # one way to continue, the command below
     place = "runs/linear-vit_nano-digits-seed0"
     assert err.endswith(f"\n  petune run --config {place}/config.yaml --output {place} --resume\n")
 

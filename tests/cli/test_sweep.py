@@ -341,3 +341,26 @@ def test_a_sweep_without_a_metric_says_why_it_has_no_best_trial() -> None:
     assert "R² is undefined on val" in undefined.why_no_best()
     failed = [row.model_copy(update={"state": "failed", "reason": f"no {row.trial}"}) for row in rows]
     assert "all 2 failed" in undefined.model_copy(update={"rows": tuple(failed)}).why_no_best()
+
+
+def test_a_best_value_at_an_edge_of_the_search_is_remarked(tmp_path: Path) -> None:
+    search = {
+        "train.lr": (0.001, 0.01, 0.003),
+        "bottleneck": (2, 4, 8),
+        "layer": ("a", "b"),
+        "scale": {"low": 1, "high": 9},
+    }
+    sweep = Sweep.build(
+        {
+            "config": {"search": search, "run": {"method": "adaptformer"}},
+            "rows": [
+                {"trial": 0, "params": {"train.lr": 0.01, "bottleneck": 4, "input": "norm", "scale": 1}, "state": "done"}
+            ],
+            "best": 0,
+            "output": str(tmp_path),
+        }
+    )
+    found = sweep.at_an_edge()
+    assert len(found) == 2
+    assert found[0].startswith("train.lr=0.01 is the largest")
+    assert found[1].startswith("scale=1 is the smallest")

@@ -184,6 +184,43 @@ def test_too_many_broken_images_are_an_error(tmp_path: Path) -> None:
     _with_broken(tmp_path, 3)
     with pytest.raises(DataError, match=r"broken images: 3 of 200.*1%.*00\.png"):
         load_folder(tmp_path, 32, "skip")
+    with pytest.raises(DataError, match=r"broken images: 3 of 200") as found:
+        load_folder(tmp_path, 32)
+    assert "on_broken" not in str(found.value)  # it would be refused next
+    assert len(found.value.broken) == 3
+    rest = load_folder(tmp_path, 32, "skip", max_broken=1.0)
+    assert len(rest.train) + len(rest.test) == 197
+    with pytest.raises(DataError, match=r"broken images: 3 of 200"):  # also with these pixels in the cache
+        load_folder(tmp_path, 32, "skip")
+
+
+def test_a_copy_in_another_class_is_told(tmp_path: Path) -> None:
+    _fill(tmp_path, {"cat": 10, "dog": 10})
+    shutil.copy(tmp_path / "cat" / "03.png", tmp_path / "cat" / "same.png")
+    assert "another class" not in load_folder(tmp_path, 32).source
+    shutil.copy(tmp_path / "cat" / "03.png", tmp_path / "dog" / "wrong.png")
+    assert (
+        "1 copy of an image is in another class, such as dog/wrong.png and cat/03.png"
+        in load_folder(tmp_path, 32).source
+    )
+
+
+def test_a_val_folder_that_is_used_for_testing_is_called_test(tmp_path: Path) -> None:
+    _fill(tmp_path / "train", {"cat": 10, "dog": 10})
+    _fill(tmp_path / "val", {"cat": 4, "dog": 4}, start=40)
+    shutil.copy(tmp_path / "train" / "cat" / "03.png", tmp_path / "val" / "cat" / "same.png")
+    source = load_folder(tmp_path, 32).source
+    assert "another val is cut from train" in source
+    assert "1 image of test is a copy of an image of train" in source
+
+
+def test_classes_with_few_test_images_are_named(tmp_path: Path) -> None:
+    _fill(tmp_path / "train", {"cat": 10, "dog": 10})
+    _fill(tmp_path / "test", {"cat": 12, "dog": 9}, start=40)
+    note = load_folder(tmp_path, 32).few_test_images_note()
+    assert note.endswith(": dog (9)")
+    (next((tmp_path / "test" / "cat").iterdir())).rename(tmp_path / "test" / "dog" / "tenth.png")
+    assert load_folder(tmp_path, 32).few_test_images_note() == ""
 
 
 def test_check_finds_broken_images_and_images_in_two_splits(tmp_path: Path) -> None:

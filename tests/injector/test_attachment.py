@@ -13,12 +13,12 @@ from tests.tiny import X, randomised, tiny
 def test_it_prints_name_method_counts_and_state() -> None:
     att = petune.attach(tiny(), "adaptformer", name="pets", bottleneck=3)
     title, counts = str(att).splitlines()
-    assert title == "pets: adaptformer on VisionTransformer, enabled"
+    assert title == "pets: adaptformer (bottleneck=3) on VisionTransformer, enabled"
     assert counts == str(att.counts)
     with att.disabled():
-        assert str(att).startswith("pets: adaptformer on VisionTransformer, disabled")
+        assert str(att).startswith("pets: adaptformer (bottleneck=3) on VisionTransformer, disabled")
     att.detach()
-    assert str(att).startswith("pets: adaptformer on VisionTransformer, detached")
+    assert str(att).startswith("pets: adaptformer (bottleneck=3) on VisionTransformer, detached")
     assert repr(att) == "<Attachment 'pets': adaptformer on VisionTransformer>"
 
 

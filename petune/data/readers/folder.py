@@ -26,7 +26,7 @@ class FolderReader(DatasetReader[ReaderConfig]):
 
     def load(self, context: ReadContext) -> Dataset:
         """Decode the images once into the cache; see `petune.data.folder`."""
-        return load_folder(self.path, context.image_size, context.on_broken, context.cache_gb)
+        return load_folder(self.path, context.image_size, context.on_broken, context.cache_gb, context.max_broken)
 
     def target(self, context: ReadContext) -> Target:
         """Return the names of the class folders.

@@ -202,7 +202,7 @@ def _read(listed: _Listed, folder: Path, side: int) -> Split:
     key = {"vtab": FORMAT, "root": str(folder.resolve()), "side": side, "files": entries, "labels": labels}
 
     def decode(allocate: Allocate) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        broken = decode_images(listed.files, allocate(len(listed.files), side), skip=True)
+        broken = decode_images(listed.files, allocate(len(listed.files), side))
         if broken:  # none may be left out, or the numbers could not be compared with those of papers
             raise DataError(f"{next(iter(broken.values()))}. Get this image again: VTAB's lists are used as a whole")
         return listed.labels, np.arange(len(labels))

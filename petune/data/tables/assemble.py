@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.cache import Allocate, Fallback, cached_split
 from petune.data.dataset import CUT_TEST_NOTE, MAX_BROKEN, Dataset, Split, Target
 from petune.data.find_images import IMAGES, VIDEOS, FileKind, size_and_time
 from petune.data.folder import BROKEN_LABEL, CROP
+from petune.data.images import refuse_broken
 from petune.data.on_request import on_request_note
 from petune.data.reader import ReadContext
 from petune.data.tables.contents import ImageColumn, decode_column, decode_content, unlisted_files
@@ -115,7 +115,7 @@ class _Loader:
     def _fill_images(self, allocate: Allocate) -> tuple[Rows, Rows]:
         form = self.plan.images.form
         out = allocate(len(self.plan.table), self.side, form.channels, form.dtype)
-        decoded = decode_column(self.plan.images, out, skip=self.max_broken is not None)
+        decoded = decode_column(self.plan.images, out)
         self._check_number(decoded.broken)
         labels = np.zeros(len(out), np.int64)
         labels[list(decoded.broken)] = BROKEN_LABEL
@@ -125,22 +125,12 @@ class _Loader:
         """Return the range of classes in each mask, and 1 for each that cannot be decoded."""
         out = allocate(len(self.plan.table), self.side, 1)
         ranges, broken = decode_masks(self.plan.masks, self.plan.images, self.plan.codes, out[..., 0])
-        if broken and self.max_broken is None:
-            raise DataError(f"{broken[min(broken)]}. Repair or remove it, or skip it with on_broken='skip'")
         self._check_number(broken)
         return ranges, np.isin(np.arange(len(out)), list(broken)).astype(np.int64)
 
     def _check_number(self, broken: dict[int, str]) -> None:
-        share = 0.0 if self.max_broken is None else self.max_broken
-        if len(broken) > share * len(self.plan.table):
-            messages = [broken[row] for row in sorted(broken)]
-            error = DataError(
-                f"broken images: {len(broken)} of {len(self.plan.table)}, more than the {share:.0%} that may be "
-                f"skipped. {listed(messages, 5)}",
-                cli_hint=f"`petune data check {self.plan.table.title}` lists them all",
-            )
-            error.broken = tuple(messages)
-            raise error
+        messages = [broken[row] for row in sorted(broken)]
+        refuse_broken(messages, len(self.plan.table), self.max_broken, self.plan.table.title)
 
 
 @dataclass(frozen=True)
@@ -169,7 +159,11 @@ class _Samples:
         if "test" in splits:
             return replace(dataset, val=splits.get("val", empty), test=splits["test"])
         if "val" in splits:
-            return replace(dataset, test=splits["val"], source=f"{title} (val is used for testing)")
+            return replace(
+                dataset,
+                test=splits["val"],
+                source=f"{title} (val is used for testing, and another val is cut from train)",
+            )
         return replace(dataset.with_test(), source=f"{title}{CUT_TEST_NOTE}")
 
     def broken_note(self, broken: Rows) -> str:

@@ -160,16 +160,15 @@ class Decoded:
     rows: NDArray[np.int64]
 
 
-def decode_column(column: ImageColumn, out: NDArray[Any], *, skip: bool) -> Decoded:
-    """Decode a column into `out`.
+def decode_column(column: ImageColumn, out: NDArray[Any]) -> Decoded:
+    """Decode a column into `out`; what is broken stays black.
 
     Args:
         column: N images.
         out: (N, S, S, C) of the form of the column, filled here.
-        skip: Leave images black that cannot be decoded, instead of raising.
 
     Raises:
-        DataError: An image cannot be decoded, or images have different numbers of channels.
+        DataError: Images have different numbers of channels.
     """
     broken: dict[int, str] = {}
     first: dict[bytes, int] = {}
@@ -187,11 +186,6 @@ def decode_column(column: ImageColumn, out: NDArray[Any], *, skip: bool) -> Deco
         return _digest(raw), channels
 
     for start, contents, results in map_contents(column, decode):
-        if broken and not skip:
-            raise DataError(
-                f"{broken[min(broken)]}. Repair or remove it, or skip up to 1 % of the images with on_broken='skip'",
-                cli_hint="The flag is --set on_broken=skip",
-            )
         for i, (digest, channels) in enumerate(results):
             if digest:
                 rows[start + i] = first.setdefault(digest, start + i)

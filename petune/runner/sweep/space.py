@@ -81,6 +81,16 @@ def corners(space: Space) -> list[Params]:
     return [{key: values[min(number, len(values) - 1)] for key, values in ends.items()} for number in range(count)]
 
 
+def ends_of(dimension: Range | Sequence[Value]) -> tuple[float, float] | None:
+    """Return the smallest and the largest number of a dimension; None if its values are no numbers, or all the same."""
+    if isinstance(dimension, Range):
+        return dimension.low, dimension.high
+    numbers = [value for value in dimension if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < max(len(dimension), 2) or min(numbers) == max(numbers):
+        return None
+    return min(numbers), max(numbers)
+
+
 def contains(space: Space, params: Params) -> bool:
     """Return true if `params` are a point of the space."""
     return space.keys() == params.keys() and all(_has(space[key], value) for key, value in params.items())

@@ -11,7 +11,7 @@ from petune.runner.file_names import SWEEP_TABLE
 from petune.runner.migrations import updated_sweep
 from petune.runner.result import RunResult
 from petune.runner.saved_table import read_saved
-from petune.runner.sweep.space import Params
+from petune.runner.sweep.space import Params, ends_of
 from petune.runner.sweep.sweep_config import SweepConfig
 
 
@@ -80,6 +80,16 @@ class Sweep(Config):
         scores = {row.trial: self.score(row) for row in self.rows}
         done = {trial: score for trial, score in scores.items() if score is not None}
         return max(done, key=lambda trial: (done[trial], -trial)) if done else None
+
+    def at_an_edge(self) -> list[str]:
+        """Return a sentence for each number of the best trial that is the smallest or largest of those searched."""
+        sentences = []
+        for key, value in self.params.items():
+            ends = ends_of(self.config.search[key])
+            if ends is not None and value in ends:
+                side, way = ("smallest", "smaller") if value == ends[0] else ("largest", "larger")
+                sentences.append(f"{key}={value:g} is the {side} that was searched: {way} ones may be better")
+        return sentences
 
     def why_no_best(self) -> str:
         """Return why no trial is the best, in a sentence for a sweep whose `best` is None."""
