@@ -354,7 +354,11 @@ def test_a_best_value_at_an_edge_of_the_search_is_remarked(tmp_path: Path) -> No
         {
             "config": {"search": search, "run": {"method": "adaptformer"}},
             "rows": [
-                {"trial": 0, "params": {"train.lr": 0.01, "bottleneck": 4, "input": "norm", "scale": 1}, "state": "done"}
+                {
+                    "trial": 0,
+                    "params": {"train.lr": 0.01, "bottleneck": 4, "input": "norm", "scale": 1},
+                    "state": "done",
+                }
             ],
             "best": 0,
             "output": str(tmp_path),
