@@ -45,7 +45,18 @@ def _watch(holder: Around) -> list[bool]:
 
 
 def auxiliary_loss(t: Trial) -> str:
-    """Return the problem with the loss that adapters set in their forward."""
+    """Return the problem with the losses of the tuner and of its adapters, which adapters set in their forward."""
+    return _constant_loss(t) or _adapters_loss(t)
+
+
+def _constant_loss(t: Trial) -> str:
+    terms = t.training.terms
+    if not terms or any(isinstance(term, Tensor) and term.requires_grad for term in terms):
+        return ""
+    return "loss(step) never has a gradient, so it trains nothing. Compute it from what trains, or return None"
+
+
+def _adapters_loss(t: Trial) -> str:
     names = {type(h.adapter).__name__ for h, _ in t.att.edit_log.placed if hasattr(h.adapter, "aux_loss")}
     if not names:
         return ""

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
 
 from petune.base.block_choice import ALL
 from petune.base.errors import AttachError, BackboneMismatch, ConfigError, NotMergeable
@@ -20,10 +19,15 @@ from petune.plugin_dev.author import closures_over
 from petune.plugin_dev.finding import Property
 from petune.plugin_dev.forward_properties import auxiliary_loss, inner_gradients
 from petune.plugin_dev.left_behind import left_behind
+from petune.plugin_dev.state_properties import (
+    difference,
+    independent_images,
+    no_state_between_forwards,
+    repeatable_evaluation,
+    unchanged_inputs,
+)
 from petune.plugin_dev.training_properties import calibration, flags, foreign_tensors, number_formats, random_numbers
-from petune.plugin_dev.trial import NUM_IMAGES, Trial, logits
-from petune.sites.forward import forget_caches
-from petune.sites.input_spec import Inputs, InputSpec
+from petune.plugin_dev.trial import Trial, logits
 from petune.sites.logits import max_difference, max_value
 
 
@@ -71,49 +75,10 @@ def _effect_in_eval_mode(t: Trial) -> str:
     return "" if t.training.has_effect else "other values of the tuned tensors give the same logits"
 
 
-def _repeatable_evaluation(t: Trial) -> str:
-    return _difference(logits(t.model, t.x), t.training.logits, "is there dropout that ignores self.training?")
-
-
-def _no_state_between_forwards(t: Trial) -> str:
-    logits(t.model, t.att.sites.input_spec.noise(NUM_IMAGES, seed=1))
-    change = _difference(
-        logits(t.model, t.x), t.training.logits, "the output depends on the images of an earlier forward"
-    )
-    return change or _tensor_left_behind(t)
-
-
-def _tensor_left_behind(t: Trial) -> str:
-    """Return a message about a tensor that a forward has left in a module's attributes."""
-    known = {f"{path}.{name}" for path, module in t.base.named_modules() for name in vars(module)}
-    for path, module in t.model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and f"{path}.{name}" not in known:
-                return f"{path}.{name} keeps a tensor after the forward"
-    return ""
-
-
-def _independent_images(t: Trial) -> str:
-    spec = t.att.sites.input_spec
-    change = _change_in_batch(t.model, t.x, spec)
-    if change >= 1e-5:  # rounding, which a deep model may amplify, all but vanishes in float64; mixing does not
-        exact = copy.deepcopy(t.model).double()
-        forget_caches(exact)
-        change = _change_in_batch(exact, t.x.to("cpu", torch.float64), spec)
-    return "" if change < 1e-5 else f"an image alone differs by {change:.2g} from the same image in a batch"
-
-
-def _change_in_batch(model: nn.Module, x: Inputs, spec: InputSpec) -> float:
-    """Return how much logits of single images differ from those in a batch, relative to the largest above one."""
-    together = logits(model, x)
-    alone = torch.cat([logits(model, spec.select(x, [i])) for i in range(NUM_IMAGES)])
-    return max_difference(alone, together) / max(max_value(together), 1.0)
-
-
 def _deep_copy(t: Trial) -> str:
     """Copy the model, change the values of the original, and let the copy compute."""
     copied, original = copy.deepcopy(t.model), t.model.state_dict()
-    problem = _difference(logits(copied, t.x), t.training.logits, "the copy computes something else")
+    problem = difference(logits(copied, t.x), t.training.logits, "the copy computes something else")
     if problem:
         return problem
     before = {key: value.clone() for key, value in original.items()}
@@ -126,7 +91,7 @@ def _deep_copy(t: Trial) -> str:
     adapters = [holder.adapter for holder, _ in t.att.edit_log.placed]
     place = next((found for adapter in adapters for found in closures_over(adapter, t.model)), "")
     where = f"{place} holds" if place else "something holds, such as a function or an object with a __deepcopy__,"
-    return _difference(changed, t.training.logits, f"{where} a part of the original model, which the copy uses")
+    return difference(changed, t.training.logits, f"{where} a part of the original model, which the copy uses")
 
 
 def _disabled_output(t: Trial) -> str:
@@ -134,7 +99,7 @@ def _disabled_output(t: Trial) -> str:
     for name, p in backbone.named_parameters():  # torch multiplies a frozen weight by another kernel: other last bits
         p.requires_grad_(now[name].requires_grad if name in now else p.requires_grad)
     with t.att.disabled():
-        return _difference(logits(t.model, t.x), logits(backbone, t.x), "the output is not the backbone's")
+        return difference(logits(t.model, t.x), logits(backbone, t.x), "the output is not the backbone's")
 
 
 def _save_and_load(t: Trial) -> str:
@@ -143,7 +108,7 @@ def _save_and_load(t: Trial) -> str:
         loaded = t.loaded_again().model.eval()
     except BackboneMismatch as error:  # mostly because it computes something else where it is loaded
         return f"{problem} ({error})"
-    return _difference(logits(loaded, t.x), t.training.logits, problem)
+    return difference(logits(loaded, t.x), t.training.logits, problem)
 
 
 def _merge(t: Trial) -> str:
@@ -201,12 +166,13 @@ PROPERTIES: tuple[Property[Trial], ...] = (
     Property("frozen tensors", "training changes no frozen tensor or buffer by a bit", _frozen_tensors),
     Property("masked entries", "training changes no entry outside a mask by a bit", _masked_entries),
     Property("effect in eval mode", "what trains changes the output in eval mode", _effect_in_eval_mode),
-    Property("repeatable evaluation", "two evaluations are equal", _repeatable_evaluation),
-    Property("no state between forwards", "a forward leaves nothing behind", _no_state_between_forwards),
-    Property("independent images", "images of a batch do not mix", _independent_images),
+    Property("repeatable evaluation", "two evaluations are equal", repeatable_evaluation),
+    Property("no state between forwards", "a forward leaves nothing behind", no_state_between_forwards),
+    Property("unchanged inputs", "an adapter leaves what it reads as it is", unchanged_inputs),
+    Property("independent images", "images of a batch do not mix", independent_images),
     Property("deep copy", "a deep copy of the model computes the same", _deep_copy),
     Property("disabled output", "disabled, the model is the backbone to the bit", _disabled_output),
-    Property("re-enabled output", "enabled again, the model computes the same as before", _repeatable_evaluation),
+    Property("re-enabled output", "enabled again, the model computes the same as before", repeatable_evaluation),
     Property("save and load", "saved and loaded, the model computes the same to the bit", _save_and_load),
     Property("merge", "merged, the model computes the same, if it can be merged", _merge),
     Property("random numbers", "the tensors and torch's seed decide the next steps", random_numbers),
@@ -214,13 +180,6 @@ PROPERTIES: tuple[Property[Trial], ...] = (
     Property("chosen blocks", "the option blocks is followed, or refused", _chosen_blocks),
     Property("detach", "detached, the model is as it was to the bit", _detach),
 )
-
-
-def _difference(now: Tensor, before: Tensor, problem: str) -> str:
-    if torch.equal(now, before):
-        return ""
-    change = f"differs by {max_difference(now, before):.2g}" if now.shape == before.shape else "another shape"
-    return f"{problem} ({change})"
 
 
 def _first(keys: Iterator[str]) -> str:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from petune.injector.attach import attach
+from petune.injector.edit import Edit
 from petune.injector.tuner import Tuner
 from petune.plugin_dev.author import line_of
 from petune.plugin_dev.trial import Trial, logits, three_steps
 
 FORMATS = (torch.bfloat16, torch.float16)
+LEAVE_FLAGS = "Leave train(), eval() and requires_grad to petune: edit.train(…) unfreezes"
 SEED = 27182818
 """Of torch; one that nobody sets."""
 
@@ -103,12 +105,28 @@ def _gradient_left(values: list[Any]) -> str:
 
 def flags(t: Trial) -> str:
     """Return the problem with modes and requires_grad of the backbone's own modules; attaching resets both."""
-    what = t.training.changed_flags
-    return (
-        f"{what} changes in training. Leave train(), eval() and requires_grad to petune: edit.train(…) unfreezes"
-        if what
-        else ""
-    )
+    if what := t.training.changed_flags:
+        return f"{what} changes in training. {LEAVE_FLAGS}"
+    if what := _unfrozen_in_attach(t):
+        return f"attach sets requires_grad of {what}, which stays frozen all the same. {LEAVE_FLAGS}"
+    return ""
+
+
+def _unfrozen_in_attach(t: Trial) -> str:
+    """Return a parameter of the backbone that `attach` unfreezes by hand; empty if there is none."""
+    base, tuner = copy.deepcopy(t.base).requires_grad_(False), copy.copy(t.att.tuner)
+    keys, original, found = dict(base.named_parameters()), tuner.attach, set[str]()
+
+    def attached(edit: Edit) -> None:
+        original(edit)
+        found.update(key for key, p in keys.items() if p.requires_grad)
+
+    tuner.attach = attached  # type: ignore[method-assign]
+    try:
+        trained = {id(p) for p in attach(base, tuner, name=t.att.name, **t.options).parameters()}
+    except Exception:  # attach may need gradients of the backbone
+        return ""
+    return next((key for key in keys if key in found and id(keys[key]) not in trained), "")
 
 
 def foreign_tensors(t: Trial) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,7 @@ class Training:
         changed: A frozen tensor that changed; empty if none did.
         changed_outside_masks: A tensor of which an entry changed that no mask lets train; empty if none did.
         changed_flags: A mode or requires_grad of the backbone that training changed; empty if none did.
+        terms: What the tuner's `loss` returned in each step, but None.
         logits: The logits in eval mode, with tuned tensors as far from their start as after a long training.
         has_effect: True if the logits depend on the tuned tensors.
     """
@@ -47,6 +50,7 @@ class Training:
     changed: str
     changed_outside_masks: str
     changed_flags: str
+    terms: list[Any]
     logits: Tensor
     has_effect: bool
 
@@ -107,7 +111,8 @@ class Trial:
         frozen = {k: v for k, v in tensors.items() if id(v) not in trained}
         before = {key: v.detach().clone() for key, v in frozen.items()}
         modes: dict[str, bool] = {}
-        silent = _silent_after_three_steps(self, modes)
+        with _terms_of(self.att.tuner) as terms:
+            silent = _silent_after_three_steps(self, modes)
         changed_flags = next((what for what, on in self.flags().items() if what in modes and modes[what] != on), "")
         self.model.eval()
         logits_after = logits(self.model, self.x)
@@ -123,7 +128,7 @@ class Trial:
                 again = Trial(self.att.tuner, self.base, self.att.name, **self.options)
                 silent = sorted({*silent} & {*_silent_after_three_steps(again)})
         has_effect = not self.att.tuned or not torch.equal(perturbed, logits_after)
-        self._training = Training(silent, changed, outside, changed_flags, perturbed, has_effect)
+        self._training = Training(silent, changed, outside, changed_flags, terms, perturbed, has_effect)
         return self._training
 
     def flags(self) -> dict[str, bool]:
@@ -152,6 +157,25 @@ class Trial:
 def logits(model: nn.Module, x: Inputs) -> Tensor:
     """Return the logits of a batch, also from a model that returns an object that holds them."""
     return logits_of(x.call(model))
+
+
+@contextlib.contextmanager
+def _terms_of(tuner: Tuner[Any]) -> Iterator[list[Any]]:
+    """Yield a list that fills with what the tuner's own `loss` returns, but None."""
+    terms: list[Any] = []
+    original = tuner.loss
+
+    def recorded(step: int) -> Any:
+        term = original(step)
+        if term is not None:
+            terms.append(term)
+        return term
+
+    tuner.loss = recorded  # type: ignore[method-assign]
+    try:
+        yield terms
+    finally:
+        del tuner.loss
 
 
 def _silent_after_three_steps(trial: Trial, flags: dict[str, bool] | None = None) -> list[str]:

@@ -14,7 +14,7 @@ import petune
 from petune.base.errors import ContractViolation
 from petune.plugin_dev.contract import examine
 from petune.plugin_dev.properties import PROPERTIES
-from tests.tuners import disturbing
+from tests.tuners import disturbing, quiet
 from tests.tuners.disturbing import Low, Sound, broken
 
 
@@ -302,14 +302,14 @@ def name_of(case: tuple[Any, ...]) -> str:
     return tuner.adapter.__name__ if type(tuner).__name__ == "Broken" else type(tuner).__name__
 
 
-@pytest.mark.parametrize("tuner", [Sound(), ByHand()], ids=["Sound", "ByHand"])
+@pytest.mark.parametrize("tuner", [Sound(), ByHand(), *quiet.SOUND], ids=["Sound", "ByHand", "Normalizes"])
 def test_sound_tuners_pass(tuner: Sound) -> None:
     assert petune.check_tuner(tuner) == [prop.name for prop in PROPERTIES]
 
 
 def test_every_property_has_a_case() -> None:
     """A property without a case could be left out without a failing test."""
-    cases = {name for _, name, *_ in (*CASES, *disturbing.CASES)}
+    cases = {name for _, name, *_ in (*CASES, *disturbing.CASES, *quiet.CASES)}
     assert cases == {prop.name for prop in PROPERTIES}
 
 
@@ -326,7 +326,7 @@ def test_a_broken_tuner_is_caught(case: tuple[Any, str]) -> None:
     assert str(caught.value).startswith(f"{type(tuner).__name__}: {name}: "), str(caught.value)
 
 
-@pytest.mark.parametrize("case", disturbing.CASES, ids=name_of)
+@pytest.mark.parametrize("case", [*disturbing.CASES, *quiet.CASES], ids=name_of)
 def test_a_tuner_that_disturbs_what_is_not_its_own_is_caught(case: tuple[Any, str, str]) -> None:
     tuner, name, message = case
     classes, dtype = vars(Attention).copy(), torch.get_default_dtype()
