@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from petune.base.errors import DataError
+from petune.base.text import shortened
 from petune.data.find_images import has_images, visible_subfolders
 from petune.data.split_names import parse_split_name
 
@@ -51,8 +52,8 @@ def _check_not_repeated(path: Path, inner: dict[Path, list[str]]) -> None:
     first, second, *others = inner
     shown = sorted(common)
     raise DataError(
-        f"every class folder of {path} has the same folders of images in it: {', '.join(shown[:MAX_SHOWN])}"
-        f"{', …' if len(shown) > MAX_SHOWN else ''}. If those are the classes, use folder:{first} or folder:{second}"
+        f"every class folder of {path} has the same folders of images in it: {shortened(shown, MAX_SHOWN)}. "
+        f"If those are the classes, use folder:{first} or folder:{second}"
         f"{', …' if others else ''}, or merge the folders of each class; if {first.name} and {second.name} are "
         f"classes, put all class folders into {path / 'train'}"
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from petune.base.block_choice import ALL
 from petune.base.errors import AttachError, SiteNotFound
-from petune.base.text import plural
+from petune.base.text import plural, shortened
 from petune.sites.sites import Sites
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ def missing_sites_named(sites: Sites) -> Iterator[None]:
         others = [block.index for block in sites.blocks if block.index not in missing]
         if not missing or not others:
             raise
+        numbers = shortened([*map(str, missing)], MAX_SHOWN)
         raise SiteNotFound(
-            f"{len(missing)} of {plural(len(sites.blocks), 'block')} of {sites.model} ({_listed(missing)}) lack the "
+            f"{len(missing)} of {plural(len(sites.blocks), 'block')} of {sites.model} ({numbers}) lack the "
             f"site {role!r}. Leave them out with blocks={others}, or use a method that edits other sites",
             role=role,
         ) from error
@@ -80,8 +81,3 @@ def _check_follows_only(attachment: Attachment) -> None:
             f"{attachment.name} does not follow sites.only: it trains {key} too, which the sites leave out. Use "
             "partial, which trains the blocks whole, another method, or the sites of the whole model"
         )
-
-
-def _listed(indices: list[int]) -> str:
-    shown = ", ".join(map(str, indices[:MAX_SHOWN]))
-    return f"{shown}, …" if len(indices) > MAX_SHOWN else shown

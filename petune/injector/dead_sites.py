@@ -20,6 +20,7 @@ from petune.injector.attachment import Attachment
 from petune.injector.edit_log import EditLog
 from petune.injector.hooks.base import Holder
 from petune.sites.forward import device_of, dtype_of, inference
+from petune.sites.hooked import removed_after
 from petune.sites.random_numbers import is_large
 from petune.sites.recorder import record_calls
 from petune.sites.returned import tensors_returned
@@ -191,11 +192,8 @@ def _calls(adapters: Iterable[nn.Module], sites: Sites) -> Iterator[tuple[set[nn
 
     watched = dict.fromkeys([*adapters, *(block.enter for block in sites.blocks)])
     handles = [module.register_forward_pre_hook(enter) for module in watched]
-    try:
+    with removed_after(handles):
         yield called, with_gradient
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _drop(value: Any) -> Any:

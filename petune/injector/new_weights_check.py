@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from petune.base.errors import AttachError
-from petune.base.text import plural
+from petune.base.text import plural, shortened
 from petune.injector.attachment import Attachment
 from petune.sites.new_weights import NewWeights, placed_in_blocks
 from petune.sites.used_parameters import used_parameters
@@ -30,10 +30,9 @@ def check_new_weights(attachment: Attachment, new: NewWeights, *, advises: bool)
         return
     used = {id(p) for p in used_parameters(model, sites.input_spec, frozen.values())}
     keys = [key for key, p in frozen.items() if id(p) in used] or [*frozen]
-    named = f"{', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
     message = (
         f"{plural(len(keys), 'parameter')} of {sites.model} got random values, because the weights that it was loaded "
-        f"from lack them, or were replaced later, and {attachment.name} keeps them frozen: {named}"
+        f"from lack them, or were replaced later, and {attachment.name} keeps them frozen: {shortened(keys, 3)}"
     )
     owners = list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
     if used and sites.chosen_head is None:

@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from petune.base.errors import AttachError
-from petune.base.text import plural
+from petune.base.text import plural, shortened
 from petune.injector.trainable import trainable_state_of
 from petune.sites.sites import Sites
 
@@ -44,5 +44,4 @@ def warn_of_changed(model: nn.Module, sites: Sites) -> None:
 
 def _named(keys: list[str], sites: Sites) -> str:
     """Return the start of a sentence that names tensors."""
-    named = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
-    return f"{plural(len(keys), 'tensor')} of {sites.model} ({named}) {'were' if len(keys) > 1 else 'was'}"
+    return f"{plural(len(keys), 'tensor')} of {sites.model} ({shortened(keys, 3)}) {'were' if len(keys) > 1 else 'was'}"

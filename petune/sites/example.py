@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.base.text import shortened
 from petune.sites.forward import device_of, dtype_of, forward_of, meta_output
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.returned import logits_in, tensors_returned
@@ -148,7 +149,7 @@ def _check_not_packed(inputs: Inputs) -> None:
         if ends and ends[0] == 0 and ends[-1] in rows and is_increasing:
             raise AttachError(
                 f"example packs its samples into one row of {ends[-1]} tokens, with the positions where they start and "
-                f"end ({', '.join(map(str, ends[:4]))}{', …' if len(ends) > 4 else ''}), which petune cannot make for "
+                f"end ({shortened([*map(str, ends)], 4)}), which petune cannot make for "
                 "other numbers of samples. Put the model into a module whose forward takes the length of each sample "
                 "and calls it with torch.nn.functional.pad(lengths.cumsum(0), (1, 0)); the example is then one sample, "
                 "with a tensor of its length"

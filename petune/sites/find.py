@@ -26,7 +26,7 @@ from petune.sites.norms import is_norm
 from petune.sites.outside_blocks import layers_outside_blocks
 from petune.sites.parts import addition_to
 from petune.sites.recorder import record
-from petune.sites.site import Block, Layout, Site, Tower, is_within
+from petune.sites.site import Block, Layout, Site, Tower, is_within, modules_in
 from petune.sites.sites import Sites
 from petune.sites.towers import calls_after, last_calls, rows_of
 from petune.sites.trace import Call, Trace
@@ -285,8 +285,8 @@ def _norm_site(trace: Trace, norm: Call) -> Site:
 
 
 def _start_of_head(trace: Trace, blocks_end: int, head: Site | None) -> int:
-    heads = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
-    return next((c.start for c in trace.calls if id(c.module) in heads and c.start > blocks_end), trace.root.stop)
+    heads = modules_in([head]) if head is not None else set()
+    return next((c.start for c in trace.calls if c.module in heads and c.start > blocks_end), trace.root.stop)
 
 
 def _norms_between(trace: Trace, blocks_end: int, head: Site | None, calls: Sequence[Call]) -> list[Call]:

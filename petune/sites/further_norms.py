@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.sites.forward import black_image
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import InputSpec
 from petune.sites.norms import is_norm
 from petune.sites.returned import tensors_returned
@@ -80,10 +81,6 @@ def _passes_nan(model: nn.Module, spec: InputSpec, module: nn.Module) -> bool:
     def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return torch.full_like(output, torch.nan)
 
-    with undisturbed(model), torch.no_grad():
-        handle = module.register_forward_hook(replace)
-        try:
-            returned = list(tensors_returned(black_image(model, spec).call(model)))
-        finally:
-            handle.remove()
+    with undisturbed(model), torch.no_grad(), removed_after([module.register_forward_hook(replace)]):
+        returned = list(tensors_returned(black_image(model, spec).call(model)))
     return any(bool(y.isnan().any()) for y in returned if y.is_floating_point())

@@ -12,7 +12,7 @@ from petune.sites.layouts import is_conv
 from petune.sites.named_heads import NamedModules, classifiers_of, named_by_library
 from petune.sites.norms import is_norm
 from petune.sites.predictors import is_read
-from petune.sites.site import Block, Site
+from petune.sites.site import Block, Site, modules_in
 from petune.sites.trace import Call, Trace
 
 
@@ -56,9 +56,9 @@ def _makers_of_logits(trace: Trace, blocks: Sequence[Block], blocks_end: int) ->
     every = [c for c in trace.calls if c.has_matrix and c.output is not None]
     matrices = [c for c in every if c.start > blocks_end]
     makers = [c for c in matrices if c.output is logits][-1:] or _sized_like(trace, matrices, logits)
-    bounds = {id(m) for block in blocks for bound in block.modules for m in bound.modules()}
+    in_blocks = modules_in(blocks)
     rows = {id(y) for y in (logits, *trace.outputs) if y.ndim == 2 and len(y) == trace.batch_size}
-    others = [c for c in every if id(c.output) in rows and id(c.module) not in bounds]
+    others = [c for c in every if id(c.output) in rows and c.module not in in_blocks]
     others = [c for c in others if not is_read(trace, c)]
     if not makers and not any(c.output is logits for c in others):
         return []  # features, such as those of CLIP's towers, next to logits that no layer made

@@ -52,10 +52,8 @@ def _backbone_test(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> C
     decoder = [block for block in blocks if any(attends_to_others(c) for c in trace.calls if c.module is block.enter)]
     encoder = [block for block in blocks if block not in decoder]
     start, end = start_of(trace, blocks), end_of(trace, encoder or blocks)
-    in_encoder = encoder_of(trace, blocks) | {
-        id(m) for block in encoder for bound in block.modules for m in bound.modules()
-    }
-    in_decoder = {id(m) for block in decoder for bound in block.modules for m in bound.modules()}
+    in_encoder = encoder_of(trace, blocks) | {id(m) for m in modules_in(encoder)}
+    in_decoder = {id(m) for m in modules_in(decoder)}
     limit = end if encoder else start
     called = {id(c.module) for c in trace.calls if c.start < limit and (c.stop <= limit or c.is_leaf)}
     return lambda module: id(module) in in_encoder or (id(module) in called and id(module) not in in_decoder)

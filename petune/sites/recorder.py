@@ -18,6 +18,7 @@ from petune.base.errors import AttachError, PetuneError
 from petune.sites.flattened import RESHAPES, FlattenRecorder
 from petune.sites.flow import Flow
 from petune.sites.forward import dry_forward, forward_of, tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import InputSpec
 from petune.sites.operations import MULTI_HEAD, SDPA
 from petune.sites.random_numbers import is_large, watch_draws
@@ -174,11 +175,8 @@ class _CallRecorder:
 def _record_calls(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[_CallRecorder]:
     recorder = _CallRecorder()
     handles = [handle for path, module in modules for handle in recorder.watch(path, module)]
-    try:
+    with removed_after(handles):
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _OperationRecorder(TorchFunctionMode):
