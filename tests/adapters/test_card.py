@@ -164,10 +164,10 @@ def test_metadata_of_another_form_is_no_error(odd: dict[str, Any], tmp_path: Pat
 def test_an_edited_card_is_no_damage(tmp_path: Path) -> None:
     card(tmp_path / "a")
     (tmp_path / "a" / "README.md").write_text("mine")
-    petune.load(tiny(), tmp_path / "a")
+    edited = petune.load(tiny(), tmp_path / "a")
     (tmp_path / "a" / "README.md").unlink()
     model: nn.Module = tiny()
-    petune.load(model, tmp_path / "a")
+    assert petune.load(model, tmp_path / "a").tuned.keys() == edited.tuned.keys()
 
 
 def test_markdown_shows_it_as_it_is() -> None:
