@@ -347,7 +347,7 @@ def test_a_best_value_at_an_edge_of_the_search_is_remarked(tmp_path: Path) -> No
     search = {
         "train.lr": (0.001, 0.01, 0.003),
         "bottleneck": (2, 4, 8),
-        "layer": ("a", "b"),
+        "input": ("residual", "norm"),
         "scale": {"low": 1, "high": 9},
     }
     sweep = Sweep.build(
