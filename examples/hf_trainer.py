@@ -1,4 +1,4 @@
-"""Train an adapter with transformers' Trainer (pip install transformers accelerate): a loop's calls are in its hooks."""
+"""Train an adapter with transformers' Trainer (pip install transformers accelerate): its hooks make a loop's calls."""
 
 import torch
 from torch.utils.data import Dataset
