@@ -79,7 +79,12 @@ def resume_hint(command: str, config: Path, *flags: str) -> Iterator[None]:
     try:
         yield
     except Stopped as error:
-        if config.exists():  # else nothing had started that could be resumed
+        if not config.exists() and "--resume" in flags:
+            error.cli_hint = (
+                "Nothing is saved yet: start it again as it was, without --resume. --set resume=true does both, for "
+                "jobs that may be requeued"
+            )
+        elif config.exists():
             words = ("petune", command, "--config", str(config), "--output", str(config.parent), *flags)
             error.cli_hint = f"Resume with:\n  {shlex.join(words)}"
         raise

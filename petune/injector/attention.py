@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from petune.base.author import line_of
 from petune.base.errors import AttachError, PetuneError
 from petune.injector.hooks.torch_attention import Projections
 from petune.injector.qkv import qkv_called
@@ -206,7 +207,7 @@ def _record(model: nn.Module, sites: Sites, site: Site, layers: Sequence[Site]) 
     except Exception as error:  # whatever a model's own code raises
         raise AttachError(
             f"the attention {site.where} of {sites.model} cannot be looked into: its forward fails with gradients "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {error}{line_of(error)})"
         ) from error
     finally:  # not before `undisturbed` has put back the hooks that it found
         for hook in hooks:

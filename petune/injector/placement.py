@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from petune.base.errors import AttachError
@@ -55,8 +56,14 @@ class Placer:
             *passed: The sites that the forward must pass for the adapter to be called; it acts at the last one.
 
         Raises:
-            AttachError: It would act in two blocks that share a module.
+            AttachError: It would act in two blocks that share a module, or a parameter has no shape.
         """
+        lazy = next((key for key, p in holder.adapter.named_parameters() if is_lazy(p)), None)
+        if lazy is not None:
+            raise AttachError(
+                f"{lazy} of the adapter {type(holder.adapter).__name__} has no shape before its first forward. Use a "
+                "layer with sizes, such as nn.Linear(site.dim, …)"
+            )
         refuse_shared(self.sites, self._shared, passed[-1])
         host = self._host(near)
         role = "" if isinstance(near, Block) else f"_{near.role}"

@@ -1,31 +1,13 @@
-"""Name the file and the line of an author's code, for messages."""
+"""Find functions of an author's code that hold a part of the model, for messages."""
 
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-PETUNE = Path(__file__).resolve().parents[1]
-INSTALLED = Path(torch.__file__).parents[1]
-LIBRARIES = (str(PETUNE), *(str(INSTALLED / name) for name in ("torch", "timm", "torchvision", "transformers", "peft")))
-"""Folders of code that is not the author's; plugins may be installed next to them."""
-
-
-def line_of(error: BaseException) -> str:
-    """Return where the author's code raised an error, as ` (file.py:12)`; empty if only libraries did."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(LIBRARIES) and not f.filename.startswith("<frozen")]
-    tuners = [f for f in frames if PETUNE / "tuners" in Path(f.filename).parents]
-    last = next(reversed(own or tuners), None)
-    return "" if last is None else f" ({Path(last.filename).name}:{last.lineno})"
 
 
 def closures_over(adapter: nn.Module, model: nn.Module) -> Iterator[str]:

@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from petune.base.author import line_of
 from petune.base.errors import ContractViolation
-from petune.plugin_dev.author import line_of
 
 TrialT = TypeVar("TrialT")
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from petune.base.author import line_of
 from petune.injector.attach import attach
 from petune.injector.edit import Edit
 from petune.injector.tuner import Tuner
-from petune.plugin_dev.author import line_of
 from petune.plugin_dev.trial import Trial, logits, three_steps
 
 FORMATS = (torch.bfloat16, torch.float16)

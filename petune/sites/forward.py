@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from petune.base.author import adapter_that_raised
 from petune.base.errors import AttachError, PetuneError
 from petune.sites.file_values import read_layer_by_layer
 from petune.sites.hooked import removed_after
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.returned import attributes_of
 from petune.sites.undisturbed import parameters_of, undisturbed
-from petune.sites.unsuitable import advice_for
+from petune.sites.unsuitable import advice_for, why_method_fails
 
 LOG = logging.getLogger(__name__)
 
@@ -56,9 +57,12 @@ def dry_forward(model: nn.Module, spec: InputSpec, watch: Recorder = contextlib.
     except PetuneError:  # of an adapter, which says what to do
         raise
     except Exception as error:
+        name = type(model).__name__
+        if adapter_that_raised(error):
+            why = why_method_fails(model, error)
+            raise AttachError(f"the forward of {name} fails with the method attached: {why}") from error
         raise AttachError(
-            f"the forward of {type(model).__name__} fails on {spec}: {type(error).__name__}: {error}. "
-            f"{advice_for(model)}"
+            f"the forward of {name} fails on {spec}: {type(error).__name__}: {error}. {advice_for(model)}"
         ) from error
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from petune.base.author import adapter_that_raised, is_authors, line_of
 from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.sites.input_size import frames_of
@@ -117,12 +118,19 @@ def why_method_fails(model: nn.Module, error: Exception) -> str:
         )
     quantized = quantized_kind(model)
     if not quantized:
-        return f"{reason}. Use another method on this model"
+        return _why_adapter_fails(error, reason)
     shown = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
     return (
         f"its weights are quantized ({quantized}), and not every method can compute with those. Use "
         f"base_precision=auto, or another method, such as lora or adaptformer. The reason: {shown}"
     )
+
+
+def _why_adapter_fails(error: Exception, reason: str) -> str:
+    name = adapter_that_raised(error)
+    where = f"the adapter {name} raises {reason}{line_of(error)}" if name else f"{reason}{line_of(error)}"
+    advice = "Mend it, or use another method on this model" if is_authors(error) else "Use another method on this model"
+    return f"{where}. {advice}"
 
 
 def quantized_kind(model: nn.Module) -> str:

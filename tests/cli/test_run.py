@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from petune.base.errors import Stopped
+from petune.cli.running import resume_hint
 from petune.runner.result import RunResult
 
 Run = Callable[..., Any]
@@ -228,6 +230,13 @@ def test_ctrl_c_exits_with_75_and_prints_the_command_to_resume(tiny: Words, tmp_
     assert "resume=true" not in err  # one way to continue, the command below
     place = "runs/linear-vit_nano-digits-seed0"
     assert err.endswith(f"\n  petune run --config {place}/config.yaml --output {place} --resume\n")
+
+
+def test_a_run_that_has_saved_nothing_is_not_to_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(Stopped) as caught, resume_hint("run", tmp_path / "run" / "config.yaml", "--resume"):
+        raise Stopped("stopped by SIGTERM before training started")
+    assert caught.value.cli_hint is not None
+    assert "without --resume" in caught.value.cli_hint
 
 
 def test_an_unreachable_hub_is_reported_before_timm_is_imported(tmp_path: Path) -> None:
