@@ -7,11 +7,12 @@ from collections.abc import Set
 
 from torch import nn
 
-from petune.base.text import shortened
+from petune.base.text import plural, shortened
 from petune.injector.attachment import Attachment
 from petune.injector.hooks.base import After, Before
 from petune.injector.hooks.reading import Gather, Parallel
 from petune.injector.hooks.side import Side
+from petune.injector.keys import named_parameters
 from petune.injector.outside_head import parameters_outside
 from petune.sites.named_heads import classifiers_of
 from petune.sites.new_weights import new_weights
@@ -74,9 +75,23 @@ def _is_same(path: str, other: str) -> bool:
 def advise(attachment: Attachment) -> None:
     """Warn of what a method leaves as it is, or changes besides, although its user may not expect that."""
     _warn_of_shared_head(attachment)
+    _warn_of_fixed(attachment)
     _warn_of_layers_outside_blocks(attachment)
     _warn_of_further_norms(attachment)
     _warn_of_unadapted_mlps(attachment)
+
+
+def _warn_of_fixed(attachment: Attachment) -> None:
+    """Warn of what a method names, and leaves frozen because the model's author has fixed it."""
+    left = {id(p) for p in attachment.edit_log.left_fixed}
+    keys = [key for key, p in named_parameters(attachment.model).items() if id(p) in left]
+    if keys:
+        warnings.warn(
+            f"{attachment.name} leaves {plural(len(keys), 'parameter')} of {attachment.sites.model} frozen "
+            f"({shortened(keys, MAX_SHOWN)}), which had requires_grad=False among others that train, as fixed "
+            "positions and masks have. To train them, call requires_grad_(True) on them before attaching",
+            stacklevel=4,
+        )
 
 
 def _warn_of_shared_head(attachment: Attachment) -> None:

@@ -28,6 +28,7 @@ from petune.injector.new_weights_check import check_new_weights
 from petune.injector.registry import TUNERS, build_tuner, parse_method
 from petune.injector.trainable import TrainableState, check_not_in_bank, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
+from petune.injector.unreached import warn_of_ignored_images
 from petune.sites.chosen_head import HeadChoice
 from petune.sites.find import find_sites, sites_for
 from petune.sites.logits import refuse_random
@@ -206,6 +207,7 @@ def _sites_for(
         refuse_random(model, sites)
         if advises:
             warn_of_layers_before_head(model, sites, train_head)
+            warn_of_ignored_images(model, sites)
     return sites
 
 

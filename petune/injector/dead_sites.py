@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from petune.base.text import shortened
 from petune.injector.attachment import Attachment
 from petune.injector.edit_log import EditLog
 from petune.injector.hooks.base import Holder
+from petune.injector.unreached import unreached_layers, warn_of_unreached
 from petune.sites.forward import device_of, dtype_of, inference
 from petune.sites.hooked import removed_after
 from petune.sites.random_numbers import is_large
@@ -216,13 +217,14 @@ def _check_reached(attachment: Attachment, graph: _Graph, *, advises: bool) -> N
     if not dead:
         if advises:
             _warn_of_idle_tower(attachment, graph)
+            _warn_of_unreached(attachment, graph)
         return
     trained = _graph(attachment.model, attachment.sites, (), training=True)
     if trained is not None:
         dead = [] if trained.leaves is None else _unreached(dead, trained.leaves)
     if not dead:
         return
-    message = _message(attachment, dead, graph)
+    message = _message(attachment, dead, graph, parts)
     if trained is None:  # it may return other things in training, such as a loss
         warnings.warn(f"{message} in eval mode. After a first backward, call its check_gradients()", stacklevel=5)
     else:
@@ -271,9 +273,21 @@ def _unreached(parts: list[_Part], leaves: set[int]) -> list[_Part]:
     return [part for part in parts if not any(id(p) in leaves for p in part.parameters)]
 
 
-def _message(attachment: Attachment, dead: list[_Part], graph: _Graph) -> str:
+def _warn_of_unreached(attachment: Attachment, graph: _Graph) -> None:
+    """Warn of layers where the method has no effect, in eval mode and in train mode."""
+    paths = unreached_layers(attachment, graph.leaves or set())
+    trained = _graph(attachment.model, attachment.sites, (), training=True) if paths else None
+    if trained is not None and trained.leaves is not None:
+        paths = unreached_layers(attachment, trained.leaves | (graph.leaves or set()))
+    warn_of_unreached(attachment, paths)
+
+
+def _message(attachment: Attachment, dead: list[_Part], graph: _Graph, parts: Sequence[_Part] = ()) -> str:
+    """Return what is dead: whole blocks, or single parts of blocks in which others of all `parts` are not."""
+    alive = {block for part in parts if part not in dead for block in part.blocks}
     blocks = dict.fromkeys(block for part in dead for block in part.blocks)
-    paths = [*(b.where for b in blocks), *dict.fromkeys(part.where for part in dead if not part.blocks)]
+    single = dict.fromkeys(part.where for part in dead if alive.issuperset(part.blocks))
+    paths = [*(b.where for b in blocks if b not in alive), *single]
     shown = shortened(paths, MAX_SHOWN)
     hidden = bool(blocks) and not any(block.enter in graph.with_gradient for block in blocks)
     reason = "the forward runs it under torch.no_grad()" if hidden else "the output does not depend on it"
@@ -296,5 +310,8 @@ def _advice(attachment: Attachment, dead: list[_Part], graph: _Graph) -> str:
     given = attachment.sites.given.blocks
     others = [b.index for b in given if b.index not in without and b.enter in graph.with_gradient]
     if others and all(part.blocks for part in dead):
+        alive = {block for part in _parts(attachment) if part not in dead for block in part.blocks}
+        if any(not alive.isdisjoint(part.blocks) for part in dead):
+            return f"Leave its block out with blocks={others}, use lora, which warns of it, or let the model use it"
         return f"Leave it out with blocks={others}, or let the model use it"
     return "Use linear, which trains the head alone; or attach to the part from whose output you compute a loss"

@@ -189,14 +189,20 @@ class Edit:
                 mode.
 
         Returns:
-            The parameters that train now. Those that other attachments have added are left out.
+            The parameters that train now. Those that other attachments have added are left out, and those that the
+            model's author has fixed with requires_grad=False.
         """
         modules = _modules_of(require_all_channels(target, "train") if isinstance(target, Site) else target)
         parameters = [p for m in modules for p in m.parameters()]
         if not isinstance(target, nn.Module | Site):
             parameters = list(target)
+        fixed = {id(p) for p in self._state.fixed}
+        self._log.left_fixed += [p for p in parameters if id(p) in fixed]
         if mask is not None:
-            return SparsePlacer(self._placer).train_entries(parameters, mask)
+            if any(id(p) in fixed for p in parameters):
+                mask = [entries for p, entries in zip(parameters, mask, strict=False) if id(p) not in fixed]
+            return SparsePlacer(self._placer).train_entries([p for p in parameters if id(p) not in fixed], mask)
+        parameters = [p for p in parameters if id(p) not in fixed]
         SparsePlacer(self._placer).refuse_trained(parameters)
         own = [p for p in parameters if id(p) not in self._layers.others]
         self._log.train_modules += modules

@@ -17,6 +17,7 @@ from petune.base.errors import AttachError, BackboneMismatch, CheckpointError, P
 from petune.injector.attach import attach_tuner
 from petune.injector.attachment import Attachment
 from petune.injector.fits import check_fits, check_reference_logits, head_keys_in_file
+from petune.injector.fixed_parameters import trained_as_saved
 from petune.injector.registry import build_tuner, list_tuners
 from petune.injector.renamed import with_current_keys
 from petune.injector.saved_sites import other_sites, saved_sites
@@ -73,15 +74,16 @@ def attach_saved(
         _check_options(tuner, saved)
     name, as_saved = name or config["tuner"], saved_sites(model, saved, sites)
     try:
-        attachment = attach_tuner(
-            model,
-            tuner,
-            sites=as_saved,
-            name=name,
-            train_head=config["train_head"],
-            find=lambda: find_sites(model),
-            advises=False,
-        )
+        with trained_as_saved(saved.tensors):
+            attachment = attach_tuner(
+                model,
+                tuner,
+                sites=as_saved,
+                name=name,
+                train_head=config["train_head"],
+                find=lambda: find_sites(model),
+                advises=False,
+            )
     except AttachError as error:
         reason = other_sites(model, saved) if as_saved is None else ""
         if not reason:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.injector.bank_hold import BankHold
+from petune.injector.fixed_parameters import fixed_parameters
 from petune.injector.frozen_values import FrozenValues
 from petune.injector.hooks.base import Holder
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
@@ -40,6 +41,7 @@ class TrainableState(nn.Module):
         attachments: By the attachment's name in state_dict keys, in the order of attaching.
         qkv_users: By attention, the attachments that need it to call its qkv layer.
         projections: By attention of torch's own class, the layers that make q, k and v where adapters are on these.
+        fixed: Parameters that the model's author has fixed.
         holders: The adapters that verbs have put in, in the order of attaching.
         bank_hold: The mark of an AdapterBank that holds the model, and exchanges classifiers and values.
         is_bank_loading: True while a bank attaches an adapter; of those that train entries it enables one at a time.
@@ -59,6 +61,7 @@ class TrainableState(nn.Module):
         self._train_before = model.__dict__.get("train")
         self._model = (model,)  # in a tuple: nn.Module would register a plain attribute as a submodule
         self._flags = tuple((p, p.requires_grad, p.grad is not None) for p in model.parameters())
+        self.fixed = fixed_parameters(model, sites, [p for p, trains, _ in self._flags if not trains])
         self._modes = tuple((m, m.training) for m in model.modules())
         self._values = FrozenValues(model)
         self._active_draws = self._silent_draws = RandomDraws()

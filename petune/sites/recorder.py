@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError, PetuneError
+from petune.sites.composite_norms import join_composite_norms
 from petune.sites.flattened import RESHAPES, FlattenRecorder
 from petune.sites.flow import Flow
 from petune.sites.forward import dry_forward, forward_of, tensors_in
@@ -71,6 +72,7 @@ def record(model: nn.Module, spec: InputSpec, skip: Set[nn.Module] = frozenset()
     trace.batch_size = spec.num_samples_in(trace.root.inputs)
     flattened[0].restore(trace)
     _mark_packed(trace)
+    join_composite_norms(trace)
     return trace
 
 

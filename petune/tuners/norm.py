@@ -33,9 +33,18 @@ class Norm(petune.Tuner[NormConfig]):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return True if a module divides by a guarded deviation (`eps`, or a name that says so) and scales by vectors."""
+    """Return True if a module divides by a guarded deviation (`eps`, or a name that says so) and scales by vectors.
+
+    A norm without weights inside of it may divide.
+    """
     named = "norm" in type(module).__name__.lower()
-    guarded = hasattr(module, "eps") or hasattr(module, "variance_epsilon") or named
-    own = [*module.parameters(recurse=False)]
-    holds_all = len(own) == len([*module.parameters()])  # timm's norms with an activation hold that as a child
-    return guarded and holds_all and all(sum(side > 1 for side in p.shape) <= 1 for p in own)
+    guarded = [m for m in module.modules() if hasattr(m, "eps") or hasattr(m, "variance_epsilon")]
+    every, own = [*module.parameters()], [*module.parameters(recurse=False)]
+    holds_all = len(own) == len(every)  # timm's norms with an activation hold that as a child
+    is_around = bool(guarded) and not any(True for m in guarded for _ in m.parameters())
+    return (named or bool(guarded)) and (holds_all or is_around) and all(map(is_vector, every))
+
+
+def is_vector(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter has one number for each channel."""
+    return sum(side > 1 for side in parameter.shape) <= 1

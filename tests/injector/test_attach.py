@@ -70,6 +70,7 @@ def same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:full leaves 1 parameter")
 def test_detach_leaves_nothing(method: str) -> None:
     model = tiny()
     model.norm.weight.requires_grad_(False)

@@ -1,0 +1,63 @@
+"""Parameters that a model's author fixed with requires_grad=False, such as sin-cos positions: no method trains them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+
+from petune.adapters.fingerprint import PLAIN
+from petune.injector.keys import named_parameters
+from petune.sites.site import modules_in, modules_of
+from petune.sites.sites import Sites
+
+FILE_PREFIX = "base_model.model."
+
+_saved_keys: ContextVar[frozenset[str]] = ContextVar("saved_keys", default=frozenset())
+
+
+@contextlib.contextmanager
+def trained_as_saved(keys: Collection[str]) -> Iterator[None]:
+    """Let what an adapter file holds train, and what it does not hold stay frozen if it was frozen before attaching.
+
+    Which parameters had been frozen when the adapter was trained, cannot be seen in the model that it is loaded into.
+    """
+    token = _saved_keys.set(frozenset(key.removeprefix(FILE_PREFIX) for key in keys))
+    try:
+        yield
+    finally:
+        _saved_keys.reset(token)
+
+
+def fixed_parameters(model: nn.Module, sites: Sites, frozen: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Return those of the parameters frozen before anything was attached that stay frozen whatever a method trains.
+
+    If most of the backbone trains, and something in every block, these are all. Else a user has frozen the backbone, or
+    some blocks, and what the method names trains; but masks with infinite values never do. The classifier does not
+    count. Quantized weights are refused elsewhere.
+    """
+    in_head = {id(p) for m in _head_modules(sites) for p in m.parameters()}
+    own = [p for p in frozen if id(p) not in in_head and type(p) in PLAIN and p.is_floating_point()]
+    named = named_parameters(model)
+    keys = {id(p): key for key, p in named.items()}
+    saved = _saved_keys.get()
+    if any(keys.get(id(p)) in saved for p in own):
+        return [p for p in own if keys.get(id(p)) not in saved]
+    backbone = [p for p in named.values() if id(p) not in in_head]
+    if _is_mostly_trainable(backbone, sites):
+        return own
+    return [p for p in own if not p.is_meta and not bool(torch.isfinite(p.detach()).all())]
+
+
+def _head_modules(sites: Sites) -> set[nn.Module]:
+    return modules_in([sites.head]) if "head" in sites.parts else set()
+
+
+def _is_mostly_trainable(backbone: Sequence[nn.Parameter], sites: Sites) -> bool:
+    trainable = sum(p.numel() for p in backbone if p.requires_grad)
+    blocks = ([p for m in modules_of([block]) for p in m.parameters()] for block in sites.all_blocks)
+    is_frozen = any(block and not any(p.requires_grad for p in block) for block in blocks)
+    return not is_frozen and 2 * trainable > sum(p.numel() for p in backbone)
