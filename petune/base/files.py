@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-from petune.base.errors import CheckpointError
+from petune.base.errors import CheckpointError, similar_names
 
 try:
     import fcntl
@@ -54,6 +54,16 @@ def write_directory(path: Path, files: Mapping[str, bytes | Callable[[], bytes]]
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def no_directory_at(path: Path) -> str:
+    """Return the message for a run or adapter directory that does not exist, with similar names next to it."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        names = []
+    similar = [str(path.parent / name) for name in similar_names(path.name, names, cutoff=0.6)]
+    return f"no run or adapter directory at {path}" + (f". Did you mean {' or '.join(similar)}?" if similar else "")
 
 
 def replace_file(path: Path, content: bytes) -> None:

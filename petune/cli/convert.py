@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from petune.cli.options import Json, Source, TrustRemoteCode, Weights, user_path
+from petune.cli.options import Json, Source, TrustRemoteCode, Weights, source_path, user_path
 from petune.cli.terminal import one_line, print_facts, print_json, print_status, print_table
 
 To = Annotated[Literal["peft-lora"], typer.Option("--to", metavar="peft-lora", help="Format to convert to.")]
@@ -36,13 +36,12 @@ def convert(
 
     For methods that are a change of weights of linear layers, such as FacT, RepAdapter and DoRA; others are refused.
     """
+    source = source_path(source)
     from petune.base.text import format_size
     from petune.serving.convert import convert as convert_adapter, preview_convert
 
     call = preview_convert if dry_run else convert_adapter
-    converted = call(
-        user_path(source), user_path(output), to=to, rank=rank, weights=weights, trust_remote_code=trust_remote_code
-    )
+    converted = call(source, user_path(output), to=to, rank=rank, weights=weights, trust_remote_code=trust_remote_code)
     if json:
         print_json({**asdict(converted), "largest_error": converted.largest_error})
         return

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from petune.cli.options import BatchSize, Device, Json, RunPrecision, Source, TrustRemoteCode, Weights, user_path
+from petune.cli.options import (
+    BatchSize,
+    Device,
+    Json,
+    RunPrecision,
+    Source,
+    TrustRemoteCode,
+    Weights,
+    source_path,
+    user_path,
+)
 from petune.cli.terminal import one_line, print_facts, print_json, print_status, print_table
 
 if TYPE_CHECKING:
@@ -55,10 +65,10 @@ def evaluate(
     Writes eval.json, predictions.parquet and .csv, mistakes.html; of a classifier also a confusion matrix and a
     reliability diagram.
     """
+    source = source_path(source)
     from petune.serving.evaluation import EvalRequest, evaluate_images, select_images, write_evaluation
     from petune.serving.predict import Predictor
 
-    source = user_path(source)
     predictor = Predictor(
         source, weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from petune.cli.options import Json, Source, TrustRemoteCode, Weights, user_path
+from petune.cli.options import Json, Source, TrustRemoteCode, Weights, source_path, user_path
 from petune.cli.terminal import one_line, print_facts, print_json
 
 File = Annotated[
@@ -42,11 +42,12 @@ def export(
     Adapters are merged into the weights where possible and exported as part of the model otherwise; plain weights
     (.safetensors) need a method that merges. The exported file is run and compared with the model.
     """
+    source = source_path(source)
     from petune.base.text import format_size
     from petune.serving.export import export as export_model
 
     exported = export_model(
-        user_path(source),
+        source,
         user_path(file),
         format=format,
         with_preprocessing=with_preprocessing,

@@ -9,6 +9,15 @@ from typer.core import TyperCommand
 
 from petune.base.errors import PluginError
 
+FLAGS_FOR = {
+    "--learning-rate": "--lr",
+    "--data": "--dataset",
+    "--model": "--backbone",
+    "--batch": "--batch-size",
+    "--num-epochs": "--epochs",
+}
+"""Flags that users try, and those of petune that are spelled too differently to be suggested."""
+
 
 class Command(TyperCommand):
     """A command whose help is the same with every version of typer."""
@@ -16,7 +25,14 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words, or fail with what to write instead of an argument too many: `run adaptformer`."""
         ctx.allow_extra_args = True
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except Exception as error:  # click's, which newer versions of typer bring along under another name
+            given = getattr(error, "option_name", "")
+            instead = FLAGS_FOR.get(given)
+            if instead and any(instead in param.opts for param in self.get_params(ctx)):
+                ctx.fail(f"No such option: {given}. Did you mean {instead}?")
+            raise
         if ctx.args:
             takes_method = any("--method" in param.opts for param in self.get_params(ctx))
             advice = (

@@ -97,6 +97,22 @@ def user_path(path: Path) -> Path:
         raise UsageError(f"{error}; got {str(path)!r}") from None
 
 
+def source_path(path: Path) -> Path:
+    """Return the path of a run or adapter directory, with `~` expanded.
+
+    Raises:
+        UsageError: The path is not valid UTF-8.
+        CheckpointError: There is nothing; said here, because the library takes seconds to import.
+    """
+    from petune.base.errors import CheckpointError
+    from petune.base.files import no_directory_at
+
+    expanded = user_path(path)
+    if not expanded.exists():
+        raise CheckpointError(no_directory_at(expanded))
+    return expanded
+
+
 def executor_of(executor: str | None, jobs: int | None) -> str:
     """Return the executor that --executor and --jobs name.
 

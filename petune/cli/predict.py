@@ -11,7 +11,7 @@ import typer
 
 from petune.base.errors import MAX_LISTED, DataError, UsageError
 from petune.base.text import plural
-from petune.cli.options import BatchSize, Device, Precision, Source, TrustRemoteCode, Weights, user_path
+from petune.cli.options import BatchSize, Device, Precision, Source, TrustRemoteCode, Weights, source_path, user_path
 from petune.cli.terminal import one_line, print_data, print_status, print_table
 
 if TYPE_CHECKING:
@@ -56,12 +56,13 @@ def predict(
     Its task says what is predicted: classes, labels, numbers or masks. Unreadable images are reported and the
     others are still predicted; the exit code is then 4.
     """
+    source = source_path(source)
     from petune.serving.predict import Predictor
 
     if json and csv:
         raise UsageError("--json and --csv exclude each other. Use one of them")
     predictor = Predictor(
-        user_path(source), weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
+        source, weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
     )
     predictions = predictor.stream(images, top_k=top_k, batch_size=batch_size)
     if output is not None:

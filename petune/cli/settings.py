@@ -111,6 +111,7 @@ def configured(
             given = {key: value for key, value in values.items() if value is not None and value is not False}
             given |= {key: user_path(value) for key, value in given.items() if isinstance(value, Path)}
             settings = Settings(arguments.pop("config"), given, tuple(arguments.pop("set") or ()))
+            _check_methods(given, arguments)
             with quick_imports():
                 import torch  # noqa: F401  each of these commands needs it
             command(settings=settings, **arguments)
@@ -121,6 +122,15 @@ def configured(
         return typed
 
     return decorate
+
+
+def _check_methods(flags: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse unknown names of methods before torch is imported, which takes seconds."""
+    from petune.injector.registry import check_registered
+
+    given = [flags.get("method"), arguments.get("method"), *(arguments.get("methods") or ())]
+    for method in filter(None, given):
+        check_registered(method)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -28,6 +28,19 @@ def list_tuners() -> list[PluginRecord]:
     return list_plugins(TUNERS)
 
 
+def check_registered(method: str) -> None:
+    """Check that a method's name is registered, before anything that takes seconds to import is.
+
+    Raises:
+        UnknownName: No tuner has that name.
+        ConfigError: An option is not of the form key=value.
+    """
+    name, _ = parse_method(method)
+    known = {record.name for record in list_tuners()}
+    if not {name, name.partition(":")[0]} & known:
+        raise UnknownName(TUNERS.noun, name, known, TUNERS.hint)
+
+
 def check_loads(record: PluginRecord) -> str:
     """Return `ok`, or why the tuner cannot be used. Imports it, unless its metadata already says so."""
     if record.state != "ok":

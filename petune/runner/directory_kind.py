@@ -8,6 +8,7 @@ from typing import Literal
 
 from petune.adapters.format import CONFIG_FILE as ADAPTER_FILE
 from petune.base.errors import MAX_LISTED, UsageError
+from petune.base.files import no_directory_at
 from petune.runner.file_names import COMPARE_TABLE, CONFIG_FILE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
 
 Kind = Literal["run", "pretrain", "trial", "compare", "sweep"]
@@ -71,7 +72,7 @@ def explain_missing_adapter(path: Path) -> str:
         again = f"petune run --config {config_file} --output {path} --resume"
         return f"{path} is a run that is not finished. Continue it: {again}"
     if not path.exists():
-        return f"no run or adapter directory at {path}"
+        return no_directory_at(path)
     if path.is_file():
         return f"{path} is a file, not a run or adapter directory. Give the directory first, then any other files"
     inside = runs_with_adapters(path)

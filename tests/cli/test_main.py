@@ -278,3 +278,27 @@ def test_messages_for_a_closed_stderr_do_not_go_to_stdout() -> None:
     assert done.stdout.startswith("[")
     done = subprocess.run(line.replace("--json", "zzz"), shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == ""
+
+
+def test_wrong_names_are_refused_with_a_suggestion_before_heavy_imports(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "photos").mkdir(parents=True)
+    code = """if True:
+        import sys
+        from petune.cli.main import main
+        try:
+            main(sys.argv[1:])
+        finally:
+            print("torch" in sys.modules)
+    """
+    for words, message in (
+        (("run", "--method", "adaptfomer"), "no such method: adaptfomer. Did you mean adaptformer"),
+        (("compare", "linear", "adaptfomer"), "Did you mean adaptformer"),
+        (("sweep", "adaptfomer"), "Did you mean adaptformer"),
+        (("eval", "runs/phots"), "no run or adapter directory at runs/phots. Did you mean runs/photos?"),
+        (("export", "runs/phots", "x.onnx"), "Did you mean runs/photos?"),
+        (("predict", "runs/phots", "x.png"), "Did you mean runs/photos?"),
+        (("run", "--learning-rate", "1e-3"), "No such option: --learning-rate. Did you mean --lr?"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert message in done.stderr
+        assert done.stdout == "False\n"
