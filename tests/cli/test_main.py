@@ -28,8 +28,8 @@ Usage: petune [OPTIONS] COMMAND [ARGS]...
   Fine-tune Vision Transformers by training about one percent of their parameters.
 
   Exit codes: 0 success, 1 the run failed, 2 usage or config error, 3 missing extra or plugin, 4
-  bad data or checkpoint, 75 stopped by Ctrl-C or SIGTERM with its progress saved, 130 Ctrl-C where
-  there is none, or pressed twice.
+  bad data or checkpoint, 75 stopped by Ctrl-C or SIGTERM with its progress saved, 130 Ctrl-C
+  where there is none, or pressed twice.
 
 Options:
   --version   Print the version and exit.
