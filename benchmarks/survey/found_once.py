@@ -39,6 +39,7 @@ def found_once(model: nn.Module, sites: petune.Sites) -> Iterator[None]:
 
     with (
         mock.patch("petune.injector.attach.find_sites", find_sites),
+        mock.patch("petune.injector.load.find_sites", find_sites),
         mock.patch("petune.injector.saved_sites.sites_for", sites_for),
     ):
         yield

@@ -243,7 +243,7 @@ def _check_parallel(att: petune.Attachment, model: nn.Module, x: Inputs) -> int:
         before = _channels_last(plain, holder.exit_layout)
         after = _channels_last(changed, holder.exit_layout)
         with torch.no_grad():
-            expected = holder.adapter(_channels_last(entered, holder.enter_layout)).reshape(before.shape)
+            expected = holder.adapter(_channels_last(entered, holder.enter_layouts[0])).reshape(before.shape)
         if not torch.allclose(after - before, expected, atol=1e-4, rtol=1e-3):
             raise Wrong(f"the change of {type(exit).__name__} is not adapter(what enters {type(enter).__name__})")
     for holder in holders:
