@@ -275,3 +275,10 @@ def test_a_mixed_batch_is_right_where_tasks_cannot_share_a_forward(kind: type[nn
         mixed = bank(x, names)
     for row, name in enumerate(names):
         torch.testing.assert_close(mixed[row], expected[name][row])
+
+
+def test_a_bank_prints_its_adapters(saved: Trained) -> None:
+    bank = saved.load(petune.AdapterBank(model()), "lora", "vpt")
+    with bank:
+        bank.use("vpt")
+        assert repr(bank) == f"<AdapterBank on {type(bank.model).__name__}, adapters: 'lora', 'vpt'; active: 'vpt'>"
