@@ -215,8 +215,7 @@ def _check_reached(attachment: Attachment, graph: _Graph, *, advises: bool) -> N
     parts = _parts(attachment)
     dead = _unreached(parts, graph.leaves)
     if not dead:
-        if advises:
-            _warn_of_idle_tower(attachment, graph)
+        if advises and not _warn_of_idle_tower(attachment, graph):
             _warn_of_unreached(attachment, graph)
         return
     trained = _graph(attachment.model, attachment.sites, (), training=True)
@@ -294,14 +293,21 @@ def _message(attachment: Attachment, dead: list[_Part], graph: _Graph, parts: Se
     return f"{attachment.name} would learn nothing at {shown} of {attachment.sites.model}: {reason}"
 
 
-def _warn_of_idle_tower(attachment: Attachment, graph: _Graph) -> None:
-    """Warn if a method trains the backbone's own parameters, and those of one of several towers get no gradient."""
+def _warn_of_idle_tower(attachment: Attachment, graph: _Graph) -> bool:
+    """Warn if a method trains the backbone's own parameters, and those of one of several towers get no gradient.
+
+    Returns:
+        True if it has warned.
+    """
+    has_warned = False
     towers, unfrozen = attachment.sites.towers, {id(p) for p in attachment.edit_log.unfrozen}
     for tower in towers if len(towers) > 1 else ():
         trained = [p for block in tower.blocks for m in block.own_modules for p in m.parameters() if id(p) in unfrozen]
         if trained and not any(id(p) in (graph.leaves or ()) for p in trained):
             part = _Part(tower.blocks[-1].where, tower.blocks, tuple(trained))
             warnings.warn(f"{_message(attachment, [part], graph)}. {_advice(attachment, [part], graph)}", stacklevel=6)
+            has_warned = True
+    return has_warned
 
 
 def _advice(attachment: Attachment, dead: list[_Part], graph: _Graph) -> str:
