@@ -6,10 +6,10 @@ import contextlib
 import logging
 import math
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -26,14 +26,14 @@ from petune.sites.random_numbers import is_large
 from petune.sites.recorder import record_calls
 from petune.sites.returned import tensors_returned
 from petune.sites.routed import routed_modules, unchosen_modules
-from petune.sites.site import Block, is_within, modules_of
+from petune.sites.site import Block, Site, is_within, modules_of
 from petune.sites.sites import Sites
 from petune.sites.undisturbed import undisturbed, without_adapters
 from petune.sites.used_parameters import leaves_of, reached_on_meta
 
 LOG = logging.getLogger(__name__)
 
-_CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
 """For each model, the edits for which a forward pass used every adapter."""
 MAX_SHOWN = 4
 
@@ -106,11 +106,16 @@ def check_used(attachment: Attachment, holders: Iterable[Holder], *, advises: bo
 def _checked_as(attachment: Attachment, holders: Iterable[Holder]) -> tuple[Any, ...]:
     """Return what decides the result of the check: method, options, input, blocks, sites, and the other adapters."""
     sites, tuner = attachment.sites, attachment.tuner
-    blocks = tuple((block.path, block.exit_path) for block in sites.blocks)  # "partial" and PEFT's place no adapter
-    placed = attachment.edit_log.placed
-    places = [(type(holder), *((s.path, s.exit_path) for s in passed)) for holder, passed in placed]
+    # "partial" and PEFT's methods place no adapter; what a module was replaced by has to be checked
+    blocks = [_ends_of([block, *block.inner_sites]) for block in sites.blocks]
+    places = [(type(holder), *_ends_of(passed)) for holder, passed in attachment.edit_log.placed]
     others = [(type(h), type(h.adapter), h.passed) for h in holders if h.enabled]
-    return (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, blocks, *places, *others)
+    return (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, *blocks, *places, *others)
+
+
+def _ends_of(sites: Iterable[Site]) -> tuple[Any, ...]:
+    """Return references to the modules that bound some sites; unlike identities, these are not reused."""
+    return tuple((weakref.ref(site.enter), weakref.ref(site.exit)) for site in sites)
 
 
 def _warn_of_unchosen(attachment: Attachment, graph: _Graph | None, is_partly_called: bool) -> None:
