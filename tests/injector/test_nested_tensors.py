@@ -14,7 +14,8 @@ from tests.tiny import randomised
 D = 24
 IMAGES = [torch.randn(3, *size, generator=torch.Generator().manual_seed(1)) for size in ((16, 16), (8, 24))]
 REFUSED = {"convpass", "fact", "repadapter", "vpt"}
-METHODS = [record.name for record in petune.list_tuners() if record.name != "peft"] + ["peft:ia3", "peft:adalora"]
+METHODS = [record.name for record in petune.list_tuners() if record.is_own and record.name != "peft"]
+METHODS += ["peft:ia3", "peft:adalora"]
 SAMPLE = {"adaptformer", "fact", "lora", "lst", "repadapter", "vpt"}
 
 
