@@ -13,6 +13,7 @@ from petune.sites.branches import with_branches
 from petune.sites.containers import child_towards, contains_block, is_module
 from petune.sites.encoder import attends_to_others
 from petune.sites.layouts import is_conv, layout_of, make_site, width_after, width_of
+from petune.sites.listed_layers import find_listed_layers, is_transformer
 from petune.sites.norms import has_channels_second, is_norm, norm_of
 from petune.sites.own_modules import with_own_modules
 from petune.sites.parts import (
@@ -37,7 +38,9 @@ Found = tuple[int, Block]
 def find_blocks(trace: Trace) -> tuple[Block, ...]:
     """Return all blocks of a traced model, in order; a block that is called twice is listed once."""
     attentions = find_attentions(trace)
-    every = [(a, found) for a in attentions if (found := _block_of(trace, a, attentions)) is not None]
+    listed = find_listed_layers(trace, attentions)
+    found_for = [(a, listed.get(id(a)) or _block_of(trace, a, attentions)) for a in attentions]
+    every = [(a, found) for a, found in found_for if found is not None]
     kinds = {_kind(block) for attention, (_, block) in every if attention.many_queries}
     blocks: dict[int, Found] = {}
     for attention, found in every:
@@ -117,7 +120,7 @@ def _has_parallel_attentions(trace: Trace, pair: Pair) -> bool:
     """
     own = (a.pair is not None and a.pair.scope is pair.scope for a in pair.inside)
     nested = all(a.pair is not None for a in pair.inside)
-    return pair.scope.keeps_shape and not all(own) and not nested
+    return pair.scope.keeps_shape and not all(own) and not nested and not is_transformer(trace, pair)
 
 
 def _build_module(trace: Trace, pair: Pair) -> Found:

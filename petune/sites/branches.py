@@ -42,11 +42,11 @@ def with_branches(trace: Trace, block: Block, attentions: Sequence[TracedAttenti
     branches += [("mlp", mlp.first, mlp.last) for mlp in mlps]
     branches.sort(key=lambda branch: branch[1].start)
     norms = _norms_of(trace, call, branches)
-    return _described(block, branches, norms)
+    return described(block, branches, norms)
 
 
-def _described(block: Block, branches: Sequence[Branch], norms: Sequence[Call | None]) -> Block:
-    """Return the block with its branches; a role that it has once is one of its parts."""
+def described(block: Block, branches: Sequence[Branch], norms: Sequence[Call | None]) -> Block:
+    """Return a block with its branches and the norm of each; a role that it has once is one of its parts."""
     sites = [_site(block, role, first, last) for role, first, last in branches]
     of_norms = [
         None

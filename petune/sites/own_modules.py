@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from petune.sites.parts import num_matrices
 from petune.sites.site import Block, is_within
 from petune.sites.trace import Trace
 
@@ -29,11 +30,19 @@ def _own_modules(trace: Trace, block: Block, blocks: Sequence[Block]) -> tuple[n
     inside = (end for other in blocks if other is not block for end in (other.path, other.exit_path))
     container = trace.root.module.get_submodule(path)
     is_list = path != "" and not any(c.module is container for c in trace.calls)
-    is_alone = is_list and not any(is_within(end, path) for end in inside)
+    is_alone = is_list and not any(is_within(end, path) for end in inside) and not _has_others(trace, block, path)
     own = [container] if is_alone else _between_ends(trace, block)
     bounds = [module for site in block.parts.values() if not site.read_only for module in site.modules]
     owned = {id(m) for module in own for m in module.modules()}
     return tuple(dict.fromkeys([*own, *(module for module in bounds if id(module) not in owned)]))
+
+
+def _has_others(trace: Trace, block: Block, path: str) -> bool:
+    """Return whether a list holds attentions or MLPs that are called before or after a block in it."""
+    first = min(c.start for c in trace.calls if c.module is block.enter)
+    last = max(c.stop for c in trace.calls if c.module is block.exit)
+    others = [c for c in trace.calls if is_within(c.path, path) and (c.stop < first or c.start > last)]
+    return any(num_matrices(c) > 1 for c in others)
 
 
 def _common_path(first: str, last: str) -> str:
