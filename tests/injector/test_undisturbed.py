@@ -23,6 +23,7 @@ def test_what_is_attached_in_any_context_trains(context: Any) -> None:
     att.check_gradients()
 
 
+@pytest.mark.filterwarnings("ignore:full leaves 1 parameter")
 @pytest.mark.parametrize("method", ["vpt", "full"])
 def test_detached_after_training_nothing_is_left(method: str) -> None:
     model = tiny()

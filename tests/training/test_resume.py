@@ -119,7 +119,7 @@ def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
             on_event=_stop_at(step, stop),
             **mixing,
         )
-        with pytest.raises(Stopped, match="resume"):
+        with pytest.raises(Stopped, match="saved"):
             trainer.fit()
         assert sorted(p.name for p in (directory / "checkpoints").iterdir())[-1] == f"step-{step:09}"
         _assert_equal(_resumed(method, make_trainer, toy, directory, **mixing), expected)
