@@ -18,6 +18,7 @@ LOG = logging.getLogger(__name__)
 
 PROBES = ((1.0, 0.0), (4.0, 0.0), (1.0, 4.0), (1.0, -4.0))
 """Scales and shifts of noise that routers are tried on."""
+_TENSORS = (nn.ParameterDict, nn.ParameterList)
 
 
 def routed_modules(model: nn.Module, spec: InputSpec, blocks: Set[nn.Module]) -> dict[nn.Module, nn.Module]:
@@ -48,7 +49,8 @@ def _routed_pairs(model: nn.Module, spec: InputSpec, blocks: Set[nn.Module]) -> 
         LOG.debug("no forward on the meta device; experts are looked for", exc_info=True)
         calls = record_calls(model, spec, model.modules())
     pairs = [pair for idle, sibling in _experts(model, calls.keys(), blocks) for pair in _pairs(idle, sibling)]
-    return [(module, other) for module, other in pairs if other in calls]
+    # PEFT keeps AdaLoRA's tensors in containers, which no forward calls
+    return [(module, other) for module, other in pairs if other in calls or isinstance(other, _TENSORS)]
 
 
 def unchosen_modules(model: nn.Module, spec: InputSpec, blocks: Set[nn.Module]) -> set[nn.Module]:

@@ -72,6 +72,7 @@ def test_pixels_of_other_channels() -> None:
 
 
 def test_only_onnx_has_preprocessing(petune: Run, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
     for name in ("pets.pt2", "pets.safetensors"):
         refused = petune("export", "a", name, "--with-preprocessing")
         assert (refused.code, ".onnx" in refused.err, (tmp_path / name).exists()) == (2, True, False)

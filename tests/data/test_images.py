@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -205,8 +206,8 @@ def test_a_mode_without_a_white_point_is_refused(mode: str, value: float, tmp_pa
 def test_a_decompression_bomb_is_an_error(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     _plain("RGB", RED, (64, 64)).save(tmp_path / "bomb.png")
-    with pytest.raises(DataError, match=r"bomb\.png: not a readable image .*decompression bomb"):
-        decode_images([tmp_path / "bomb.png"], np.empty((1, 16, 16, 3), dtype=np.uint8))
+    broken = decode_images([tmp_path / "bomb.png"], np.empty((1, 16, 16, 3), dtype=np.uint8))
+    assert re.search(r"bomb\.png: not a readable image .*decompression bomb", broken[0])
     # other threads may change the filters of warnings meanwhile
     with warnings.catch_warnings(action="ignore"), pytest.raises(DataError, match=r"decompression bomb"):
         decode_image(tmp_path / "bomb.png", 16)
@@ -258,11 +259,12 @@ def test_images_are_decoded_into_their_own_rows(tmp_path: Path) -> None:
     assert (out == out[:, :1, :1, :1]).all()
 
 
-def test_the_first_of_several_broken_images_is_named(tmp_path: Path) -> None:
+def test_broken_images_are_named_in_order(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i:03}.png" for i in range(100)]
     for path in paths:
         _plain("L", 0, (8, 8)).save(path)
     for i in (40, 90):
         paths[i].write_bytes(b"")
-    with pytest.raises(DataError, match=r"040\.png"):
-        decode_images(paths, np.empty((100, 4, 4, 3), dtype=np.uint8))
+    broken = decode_images(paths, np.empty((100, 4, 4, 3), dtype=np.uint8))
+    assert [*broken] == [40, 90]
+    assert "040.png" in broken[40]

@@ -233,7 +233,7 @@ def test_a_resume_computes_the_missing_features(tmp_path: Path, make_trainer: Ma
             stop.signal_name = "SIGTERM"
 
     handle = att.model.blocks[0].register_forward_hook(after_some)
-    with pytest.raises(Stopped, match="resume"):
+    with pytest.raises(Stopped, match="saved"):
         trainer.fit()
     handle.remove()
     assert json.loads((tmp_path / "b" / "features" / "train" / "mark.json").read_text())["done"] == 18
