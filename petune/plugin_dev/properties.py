@@ -95,7 +95,7 @@ def _deep_copy(t: Trial) -> str:
 
 
 def _disabled_output(t: Trial) -> str:
-    backbone, now = copy.deepcopy(t.base), dict(t.model.named_parameters())
+    backbone, now = copy.deepcopy(t.base), t.model.state_dict(keep_vars=True)  # PEFT renames modules, not keys
     for name, p in backbone.named_parameters():  # torch multiplies a frozen weight by another kernel: other last bits
         p.requires_grad_(now[name].requires_grad if name in now else p.requires_grad)
     with t.att.disabled():

@@ -38,7 +38,7 @@ def contains_block(trace: Trace, pair: Pair) -> bool:
     end = _end_of_stream(trace, pair, last)
     after = [c for c in pair.scope.inner() if c.start > end]
     norms = [c for c in after if is_norm(c)]
-    num_own = 0 if is_norm(mid) or norm_inside(mid) is not None else 1
+    num_own = 0 if is_norm(mid) or norm_inside(trace, mid) is not None else 1
     return len(norms) > num_own or any(c.has_matrix for c in after)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from petune.sites.layouts import is_conv
 from petune.sites.trace import Call, Trace, is_vector
@@ -35,15 +35,27 @@ def has_channels_second(call: Call) -> bool:
     return call.input is not None and call.input.ndim == 3 and isinstance(call.module, kinds)
 
 
-def norm_inside(call: Call) -> Call | None:
+def norm_inside(trace: Trace, call: Call) -> Call | None:
     """Return a norm inside `call` that is the first to get its input."""
-    return next((c for c in call.inner() if is_norm(c) and c.input is call.input), None)
+    return next(iter(_norms_of_input(trace, call)), None)
 
 
-def _only_norm_inside(call: Call) -> Call | None:
+def _only_norm_inside(trace: Trace, call: Call) -> Call | None:
     """Return the norm that gets the input of `call`, if it is the only one (several branches have several)."""
-    norms = [c for c in call.inner() if is_norm(c) and c.input is call.input]
+    norms = _norms_of_input(trace, call)
     return norms[0] if len(norms) == 1 else None
+
+
+def _norms_of_input(trace: Trace, call: Call) -> list[Call]:
+    """Return the norms inside `call` that get its input, as it is or laid out in other dimensions of the same width."""
+    return [c for c in call.inner() if is_norm(c) and c.width == call.width and _is_same(trace, c.input, call.input)]
+
+
+def _is_same(trace: Trace, x: Tensor | None, source: Tensor | None) -> bool:
+    """Return whether a tensor is another one, reshaped at most."""
+    while x is not None and x is not source:
+        x = trace.reshaped.get(id(x), (x, None))[1]
+    return x is not None
 
 
 def norm_of(trace: Trace, branch: Call, calls: Sequence[Call], scope: Call, other: Call | None = None) -> Call | None:
@@ -58,7 +70,7 @@ def norm_of(trace: Trace, branch: Call, calls: Sequence[Call], scope: Call, othe
     """
     return (
         _norm_by_identity(trace, branch, scope, other)
-        or _only_norm_inside(branch)
+        or _only_norm_inside(trace, branch)
         or _norm_by_order(trace, branch, calls, other)
     )
 

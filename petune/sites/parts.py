@@ -128,7 +128,7 @@ def _same_rows(first: Call, last: Call) -> bool:
 def unwrap(trace: Trace, call: Call, dim: int) -> Mlp:
     """Step into wrappers (residual, pre-norm) as long as the MLP is one call within them, or two matrices."""
     wrapper = call
-    while norm_inside(wrapper) is not None or _adds_its_input(trace, wrapper):
+    while norm_inside(trace, wrapper) is not None or _adds_its_input(trace, wrapper):
         inner = [c for c in wrapper.children if c.keeps_shape and num_matrices(c) == num_matrices(call)]
         if len(inner) != 1:
             matrices = [c for c in wrapper.subtree() if c.has_matrix]
@@ -162,7 +162,7 @@ def attention_branch(trace: Trace, attention: Call, scope: Call) -> Call | None:
     for call in attention.ancestors():
         if call is scope or not call.keeps_shape or is_residual(trace, call):
             break
-        if norm_inside(call) is not None and not _sums_others(trace, call, branch):
+        if norm_inside(trace, call) is not None and not _sums_others(trace, call, branch):
             break
         branch = call
     return branch

@@ -40,6 +40,7 @@ ACTIVATIONS = {
     "tanh", "tanh_", "sigmoid", "sigmoid_", "hardtanh", "hardswish", "hardsigmoid", "softsign",
 }  # fmt: skip
 COPIES = {"contiguous", "clone"}
+JOINS = {"cat", "concat", "concatenate"}
 SAMPLERS = {"grid_sample"}
 """Operations that read values at computed places of an image: deformable attention weighs what they return."""
 
@@ -219,7 +220,7 @@ class _OperationRecorder(TorchFunctionMode):
         """Record a reshape, a norm or an activation of a tensor."""
         if not tensors or not isinstance(result, Tensor) or result is tensors[0]:
             return
-        if name in RESHAPES | COPIES:
+        if name in RESHAPES | COPIES or (name in JOINS and len(tensors) == 1):  # as by pack of einops
             self.trace.reshaped[id(result)] = result, tensors[0]
         elif name in NORMALIZATIONS | ACTIVATIONS and result.shape == tensors[0].shape:
             self.trace.functions[id(result)] = result, tensors[0]
