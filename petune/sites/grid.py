@@ -152,7 +152,10 @@ def _image_grids(before: list[Call]) -> Iterator[tuple[int, Grid]]:
 
 
 def _token_grids(before: list[Call], spec: InputSpec) -> Iterator[tuple[int, Grid]]:
-    """Yield the grids of the tokens that matrices make, the last first, with the image's ratio of sides."""
+    """Yield the grids of the tokens that matrices make, the last first, with the image's ratio of sides.
+
+    Tokens in a row have the grid of that ratio, if there is one; those in rows and columns have these.
+    """
     if not spec.is_image:
         return
     _, height, width = spec.size
@@ -161,6 +164,13 @@ def _token_grids(before: list[Call], spec: InputSpec) -> Iterator[tuple[int, Gri
         rows = round(math.sqrt(y.shape[1] * height / width)) if y is not None and y.ndim == 3 else 0
         if y is not None and rows and y.shape[1] % rows == 0:
             yield len(y), (rows, y.shape[1] // rows)
+        elif y is not None and y.ndim == 4 and not is_conv(call) and _has_ratio(tuple(y.shape[1:3]), height, width):
+            yield len(y), tuple(y.shape[1:3])
+
+
+def _has_ratio(grid: Grid, height: int, width: int) -> bool:
+    rows, columns = grid
+    return abs(rows * width - columns * height) <= max(height, width)  # rounding changes a side by less than one
 
 
 def _measured_prefix(model: nn.Module, block: nn.Module, spec: InputSpec) -> int | None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from petune.sites.attentions import TracedAttention, find_attentions
 from petune.sites.encoder import attends_to_others, end_of, start_of
-from petune.sites.layouts import is_conv
-from petune.sites.parts import Mlp, num_matrices
+from petune.sites.layouts import IMAGES, is_conv
+from petune.sites.parts import Mlp, holds_one_row, num_matrices
 from petune.sites.site import Block, Site, modules_in, modules_of
 from petune.sites.trace import Call, Trace
 
@@ -59,10 +59,10 @@ def _is_layer(call: Call, attention: TracedAttention | None, of_blocks: Sequence
     """
     start, end = span
     if call.start < start:
-        return call.stop < start and _is_mlp(call) and _has_tokens_of(call, of_blocks[0])
+        return call.stop < start and _is_mlp(call, of_blocks) and _has_tokens_of(call, of_blocks[0])
     if call.start > end:
         return _mixes_tokens(attention)
-    return attention is not None or _is_mlp(call) or _is_linear_between(call, of_blocks)
+    return attention is not None or _is_mlp(call, of_blocks) or _is_linear_between(call, of_blocks)
 
 
 def _has_tokens_of(call: Call, block: Call) -> bool:
@@ -107,8 +107,18 @@ def _mixes_tokens(attention: TracedAttention | None) -> bool:
     return attention.call.keeps_shape and not attends_to_others(attention.call)
 
 
-def _is_mlp(call: Call) -> bool:
-    return call.keeps_shape and num_matrices(call) >= 2 and Mlp(call, call).is_tokenwise
+def _is_mlp(call: Call, of_blocks: Sequence[Call]) -> bool:
+    if not call.keeps_shape or num_matrices(call) < 2 or _is_pooled_map(call, of_blocks):
+        return False
+    return Mlp(call, call).is_tokenwise
+
+
+def _is_pooled_map(call: Call, of_blocks: Sequence[Call]) -> bool:
+    """Return whether a call takes a map of one pixel for each sample, as layers of a gate do, and blocks take more."""
+    x, entered = call.input, [block.input for block in of_blocks]
+    if x is None or x.ndim not in IMAGES or not holds_one_row(x):
+        return False
+    return not any(y is not None and holds_one_row(y) for y in entered)
 
 
 def _largest_without(call: Call, of_blocks: Sequence[Call]) -> Call | None:

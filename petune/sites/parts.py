@@ -36,9 +36,23 @@ class Mlp:
 
     @property
     def is_tokenwise(self) -> bool:
-        """True if no kernel mixes neighboring tokens."""
+        """True if no kernel mixes neighboring tokens, and it is no gate that is computed from all tokens."""
         matrices = [c for c in (*self.first.subtree(), *self.last.subtree()) if c.has_matrix]
-        return all(not is_conv(c) or is_pointwise(c.module) for c in matrices)
+        mixes = any(is_conv(c) and not is_pointwise(c.module) for c in matrices)
+        return not mixes and not _is_gate(self.first, matrices)
+
+
+def _is_gate(call: Call, matrices: list[Call]) -> bool:
+    """Return whether all matrices in a call get one row of numbers for each sample: its tokens, pooled."""
+    x, entered = call.input, [c.input for c in matrices]
+    if x is None or not entered or holds_one_row(x):
+        return False
+    return all(y is not None and len(y) == len(x) and holds_one_row(y) for y in entered)
+
+
+def holds_one_row(x: Tensor) -> bool:
+    """Return whether a tensor has one row of numbers for each sample: a single token, or all tokens pooled."""
+    return sum(side > 1 for side in x.shape[1:]) <= 1
 
 
 def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, before: float, dim: int) -> Mlp | None:

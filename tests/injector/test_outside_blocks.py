@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,30 @@ class Further(nn.Module):
         return x
 
 
+class Gated(nn.Module):
+    """Two blocks, and between them a convolution whose channels are gated by what all tokens hold."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([block(), block()])
+        self.conv, self.gate = nn.Conv2d(D, D, 3, padding=1), Gate(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        x = x + self.gate(self.conv(x.mT.unflatten(2, (4, 4)))).flatten(2).mT
+        return self.blocks[1](x)
+
+
+class Gate(nn.Module):
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean((2, 3), keepdim=isinstance(self.layers[0], nn.Conv2d))
+        return x * self.layers(pooled).sigmoid().view(len(x), -1, 1, 1)
+
+
 class Vit(nn.Module):
     image_size = 16
 
@@ -66,6 +91,12 @@ class Vit(nn.Module):
 def test_attention_between_no_blocks_is_named(method: str) -> None:
     with pytest.warns(UserWarning, match=r"stay as they are: trunk\.cross"):
         petune.attach(Vit(Crossing()).eval(), method)
+
+
+@pytest.mark.parametrize("make", [nn.Linear, lambda n, m: nn.Conv2d(n, m, 1)], ids=["linear", "convolutions"])
+def test_a_gate_of_channels_between_blocks_is_not_named(make: Callable[[int, int], nn.Module]) -> None:
+    layers = nn.Sequential(make(D, 4), nn.SiLU(), make(4, D))
+    petune.attach(Vit(Gated(layers)).eval(), "houlsby")  # a warning fails the tests
 
 
 def test_loading_does_not_repeat_what_attaching_has_told(tmp_path: Path) -> None:

@@ -107,3 +107,33 @@ def test_tokens_in_another_order_than_the_image_are_refused(method: str, order: 
     with pytest.raises(petune.AttachError, match="order of the image"):
         petune.attach(Ordered(order), method, example=image(12, 16))
     petune.attach(Ordered("class token first"), method, example=image(12, 16))
+
+
+class Mapped(Encoder):
+    """Patches of 4 x 4 pixels in rows and columns, which a linear layer embeds before they become one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(48, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x.unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return self.classify(self.embed(patches).flatten(1, 2))
+
+
+@pytest.mark.parametrize("method", ["convpass", "mona"])
+@torch.no_grad()
+def test_a_linear_layer_that_returns_rows_and_columns_makes_a_grid(method: str) -> None:
+    torch.manual_seed(0)
+    linear, convolution = Mapped(), Ordered("class token first")
+    assert petune.find_sites(linear, example=image(12, 16)).grid_size == (3, 4)
+    convolution.order = "row by row"
+    linear.blocks, linear.head = copy.deepcopy(convolution.blocks), copy.deepcopy(convolution.head)
+    linear.embed.weight.copy_(convolution.embed.weight.flatten(1))
+    linear.embed.bias.copy_(convolution.embed.bias)
+    outputs = []
+    for model in (linear, convolution):
+        torch.manual_seed(1)
+        randomised(petune.attach(model, method, example=image(12, 16), train_head=False))
+        outputs.append([model(image(*size)) for size in ((12, 16), (24, 8))])
+    torch.testing.assert_close(*outputs)
