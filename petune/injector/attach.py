@@ -12,8 +12,9 @@ from torch import nn
 
 from petune.adapters.fingerprint import plain_parts
 from petune.base.arguments import check_arguments
-from petune.base.errors import AlreadyCompiled, AttachError, UsageError
+from petune.base.errors import AlreadyCompiled, AttachError, DeadSite, UsageError
 from petune.base.plugins import plugin_errors
+from petune.base.text import plural
 from petune.injector.advice import advise, warn_of_layers_before_head
 from petune.injector.attachment import Attachment
 from petune.injector.calibrating import add_calibration_state
@@ -267,6 +268,13 @@ def _check_trains(attachment: Attachment) -> None:
             f"{attachment.name} would train nothing: all parameters that it adds have requires_grad=False, such as "
             f"{next(iter(attachment.tensors.fixed))}. Copies of frozen layers are frozen too: call "
             "requires_grad_(True) on what should train, and register constants as buffers"
+        )
+    if attachment.edit_log.unused:
+        raise DeadSite(
+            f"{attachment.name} would learn nothing in {attachment.sites.model}: no gradient reaches "
+            f"{plural(len(attachment.edit_log.unused), 'tensor')} that it would train. The output does not depend on "
+            "them, or the forward computes with them under torch.no_grad(), as reversible layers do. Use linear, which "
+            "trains the head alone, or build the model without reversible layers"
         )
     raise AttachError(
         f"{attachment.name} found nothing to train in {attachment.sites.model}. Use another method, or linear to train "

@@ -19,6 +19,7 @@ from petune.base.text import shortened
 from petune.injector.attachment import Attachment
 from petune.injector.edit_log import EditLog
 from petune.injector.hooks.base import Holder
+from petune.injector.own_backward import check_backward, own_functions
 from petune.injector.unreached import unreached_layers, warn_of_unreached
 from petune.sites.forward import device_of, dtype_of, inference
 from petune.sites.hooked import removed_after
@@ -46,11 +47,13 @@ class _Graph:
         called: The watched modules that it called.
         with_gradient: Those of them that it called while gradients were enabled.
         leaves: Identities of the parameters that the output depends on; None if gradient checkpointing hides some.
+        has_own_backward: True if the model computes a part of its gradients by a function of its own.
     """
 
     called: set[nn.Module]
     with_gradient: set[nn.Module]
     leaves: set[int] | None
+    has_own_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def check_used(attachment: Attachment, holders: Iterable[Holder], *, advises: bo
     _check_called(log, sites, called)
     if graph is not None:
         _check_reached(attachment, graph, advises=advises)
+        if graph.has_own_backward:
+            check_backward(attachment)
     if advises:
         _warn_of_unchosen(attachment, graph, is_partly_called)
     _CHECKED.setdefault(model, set()).add(key)
@@ -165,11 +170,12 @@ def _graph(model: nn.Module, sites: Sites, adapters: Iterable[nn.Module], *, tra
             if training:
                 model.train()
             images = sites.input_spec.zeros(2 if training else 1)  # BatchNorm in train mode wants two
-            leaves = leaves_of(tensors_returned(images.to(device_of(model), dtype_of(model)).call(model)))
+            outputs = [*tensors_returned(images.to(device_of(model), dtype_of(model)).call(model))]
+            leaves, has_own_backward = leaves_of(outputs), bool(own_functions(outputs))
     except Exception:  # an operation without a gradient, inference tensors, a train mode that wants targets
         LOG.debug("no forward with gradients, training=%s: what gets one is not checked", training, exc_info=True)
         return None
-    return _Graph(*calls, leaves)
+    return _Graph(*calls, leaves, has_own_backward)
 
 
 def _graph_on_meta(attachment: Attachment, adapters: Iterable[nn.Module]) -> _Graph | None:

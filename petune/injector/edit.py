@@ -277,7 +277,11 @@ class Edit:
 
     def used(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """Return those of `parameters` that the model's output depends on."""
-        return self._layers.used(parameters)
+        candidates = list(parameters)
+        used = self._layers.used(candidates)
+        ids = {id(p) for p in used}
+        self._log.unused += [p for p in candidates if id(p) not in ids]
+        return used
 
     def called(self, modules: Iterable[nn.Module]) -> set[nn.Module]:
         """Return those of `modules` that a forward calls now."""

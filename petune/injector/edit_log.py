@@ -52,6 +52,7 @@ class EditLog:
         label: The attachment's name as part of state_dict keys: letters, digits and _, others replaced by _.
         placed: The adapters that verbs put in.
         unfrozen: The backbone's own parameters that train.
+        unused: Parameters that the tuner asked for and that no gradient reaches.
         left_fixed: Parameters that the tuner asked for and that stay frozen: the model's author has fixed them.
         train_modules: The backbone's own modules that go to train mode.
         added_parameters: Parameters that the tuner put in by hand.
@@ -73,6 +74,7 @@ class EditLog:
     label: str
     placed: list[Placed] = field(default_factory=list)
     unfrozen: list[nn.Parameter] = field(default_factory=list)
+    unused: list[nn.Parameter] = field(default_factory=list)
     left_fixed: list[nn.Parameter] = field(default_factory=list)
     train_modules: list[nn.Module] = field(default_factory=list)
     added_parameters: list[nn.Parameter] = field(default_factory=list)

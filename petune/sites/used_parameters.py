@@ -133,17 +133,19 @@ def _gradients_for(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 def leaves_of(outputs: Iterable[Tensor]) -> set[int] | None:
     """Return the identities of the leaves of the outputs' graph; None if checkpointing hides some."""
+    nodes = nodes_of(outputs)
+    if any(node.name() == REENTRANT_CHECKPOINT for node in nodes):
+        return None
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
+
+
+def nodes_of(outputs: Iterable[Tensor]) -> set[Any]:
+    """Return the nodes of the outputs' graph."""
     nodes: list[Any] = [y.grad_fn for y in outputs]
     visited: set[Any] = {None}
-    leaves: set[int] = set()
     while nodes:
         node = nodes.pop()
-        if node in visited:
-            continue
-        if node.name() == REENTRANT_CHECKPOINT:
-            return None
-        visited.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        nodes += [following for following, _ in node.next_functions]
-    return leaves
+        if node not in visited:
+            visited.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return visited - {None}

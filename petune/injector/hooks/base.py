@@ -278,9 +278,10 @@ def shaped_like(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
     if y.shape != shape:
         if y.shape[-1] != shape[-1] or y.numel() != shape.numel():
             raise AttachError(
-                f"an adapter returned shape {tuple(y.shape)}, but its site has the (..., D) shape {tuple(shape)}. "
-                "Let the adapter keep batch, number of tokens and width. If the model pools, drops or merges tokens "
-                "between what the adapter reads and where it adds, use a method that edits single layers, such as lora"
+                f"an adapter returned shape {tuple(y.shape)}, but its site has the (..., D) shape {tuple(shape)}. If "
+                "the model pools, drops or merges tokens between what it reads and where it acts, use a method "
+                "that edits single layers, such as lora. If the method is your own, let its adapter keep batch, number "
+                "of tokens and width"
             )
         y = y.reshape(shape)
     if y.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
