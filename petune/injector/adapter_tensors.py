@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -180,12 +181,15 @@ class AdapterTensors:
         frozen = content_only(self._model, self._frozen(also_frozen, left_out))
         return fingerprint(self._model, frozen, block_indices(self._model, self._sites))
 
-    def describe_frozen(self) -> dict[str, str | None]:
-        """Return what the configuration of an adapter says about the values of the frozen backbone and classifier."""
+    def describe_frozen(self) -> dict[str, Any]:
+        """Return what the configuration of an adapter says about the frozen backbone and classifier."""
+        fixed = {id(p) for p in self._log.left_fixed}
+        keys = sorted(key for key, p in named_parameters(self._model).items() if id(p) in fixed)
         return {
             "backbone_dtype": backbone_dtype(self._model),
             "fingerprint": self.fingerprint(),
             "head_fingerprint": self.head_fingerprint(),
+            **({"left_fixed": keys} if keys else {}),
         }
 
     def named_fingerprint(

@@ -16,20 +16,24 @@ from petune.sites.sites import Sites
 
 FILE_PREFIX = "base_model.model."
 
-_saved_keys: ContextVar[frozenset[str]] = ContextVar("saved_keys", default=frozenset())
+_saved: ContextVar[tuple[frozenset[str], frozenset[str]]] = ContextVar("saved", default=(frozenset(), frozenset()))
 
 
 @contextlib.contextmanager
-def trained_as_saved(keys: Collection[str]) -> Iterator[None]:
-    """Let what an adapter file holds train, and what it does not hold stay frozen if it was frozen before attaching.
+def trained_as_saved(keys: Collection[str], left_fixed: Collection[str]) -> Iterator[None]:
+    """Let what an adapter file holds train, and what its method left fixed stay as it is.
 
-    Which parameters had been frozen when the adapter was trained, cannot be seen in the model that it is loaded into.
+    Which parameters had been frozen when the adapter was trained cannot be seen in the model that it is loaded into.
+
+    Args:
+        keys: Of the file's tensors.
+        left_fixed: Paths of parameters, as the configuration records them.
     """
-    token = _saved_keys.set(frozenset(key.removeprefix(FILE_PREFIX) for key in keys))
+    token = _saved.set((frozenset(key.removeprefix(FILE_PREFIX) for key in keys), frozenset(left_fixed)))
     try:
         yield
     finally:
-        _saved_keys.reset(token)
+        _saved.reset(token)
 
 
 def fixed_parameters(model: nn.Module, sites: Sites, frozen: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -43,9 +47,10 @@ def fixed_parameters(model: nn.Module, sites: Sites, frozen: Sequence[nn.Paramet
     own = [p for p in frozen if id(p) not in in_head and type(p) in PLAIN and p.is_floating_point()]
     named = named_parameters(model)
     keys = {id(p): key for key, p in named.items()}
-    saved = _saved_keys.get()
-    if any(keys.get(id(p)) in saved for p in own):
-        return [p for p in own if keys.get(id(p)) not in saved]
+    saved, left_fixed = _saved.get()
+    if left_fixed or any(keys.get(id(p)) in saved for p in own):
+        others = {id(p) for p in own if keys.get(id(p)) not in saved}
+        return [p for key, p in named.items() if id(p) in others or key in left_fixed]
     backbone = [p for p in named.values() if id(p) not in in_head]
     if _is_mostly_trainable(backbone, sites):
         return own

@@ -74,7 +74,7 @@ def attach_saved(
         _check_options(tuner, saved)
     name, as_saved = name or config["tuner"], saved_sites(model, saved, sites)
     try:
-        with trained_as_saved(saved.tensors):
+        with trained_as_saved(saved.tensors, config.get("left_fixed", ())):
             attachment = attach_tuner(
                 model,
                 tuner,

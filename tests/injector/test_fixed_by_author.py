@@ -75,3 +75,18 @@ def test_a_model_frozen_otherwise_loads_it(saved_frozen: bool, tmp_path: Path) -
         warnings.simplefilter("error")
         petune.load(fresh, tmp_path / "a")
     assert torch.equal(fresh(X), att.model(X))
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit", "partial"])
+@pytest.mark.filterwarnings("ignore:.* leaves")
+def test_a_model_in_which_nothing_is_frozen_loads_it(method: str, tmp_path: Path) -> None:
+    model, fresh = tiny(), tiny()
+    for path in ("pos_embed", "blocks.1.mlp.fc1.bias"):
+        model.get_parameter(path).requires_grad_(False)
+    att = trained(petune.attach(model, method))
+    att.save(tmp_path / "a")
+    loaded = petune.load(fresh, tmp_path / "a")
+    assert loaded.tuned.keys() == att.tuned.keys()
+    assert torch.equal(fresh(X), att.model(X))
+    loaded.save(tmp_path / "b")
+    petune.load(tiny(), tmp_path / "b")
