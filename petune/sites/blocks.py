@@ -178,8 +178,10 @@ def _build_parallel_attentions(trace: Trace, pair: Pair) -> Found:
     """Build a block with several attentions and MLPs: one stream, read after the attentions."""
     bare = _empty_block(pair.scope, pair.scope, width_after(pair.scope), trace.model_name)
     mid = mid_of(trace, pair.mlp, pair.attention.call.stop)
-    reached = mid is not None and reaches_output(trace, mid, pair.mlp, pair.scope)
-    return pair.scope.start, _with_mid(bare, mid if reached else None)
+    if mid is None or not reaches_output(trace, mid, pair.mlp, pair.scope):
+        return pair.scope.start, bare
+    ends_with_norm = normalizes_sum(trace, mid, pair.mlp, pair.scope)
+    return pair.scope.start, replace(_with_mid(bare, mid), normalizes_sum=ends_with_norm)
 
 
 Predicate = Callable[[Trace, Pair], bool]
