@@ -50,7 +50,7 @@ def plural(count: int, noun: str, several: str = "") -> str:
 
 
 def shortened(texts: Sequence[str], most: int) -> str:
-    """Return at most so many texts with commas between them, and "…" for the others."""
+    """Return the first `most` texts with commas between them, and "…" for the others."""
     return ", ".join(texts[:most]) + (", …" if len(texts) > most else "")
 
 

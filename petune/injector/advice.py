@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 from torch import nn
 
@@ -37,14 +37,19 @@ def warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool)
     layers += [key for key in others if not any(_is_same(key, layer) for layer in layers)]
     if not layers:
         return
-    alone = [key for key in layers if key in dict(model.named_parameters())]
-    advice = f". Put {', '.join(alone)} into a module to name it: a head is a module" if alone else ""
     warnings.warn(
         f"the head of {sites.model} is {sites.head.where}. Further layers that the predictions depend on count as "
         f"backbone and stay frozen unless the method trains them: {', '.join(layers)}. If they are new, name all "
-        f'modules that train: head=["…", "…"]{advice}',
+        f'modules that train: head=["…", "…"]{_advice_for_bare(model, layers, len(layers))}',
         stacklevel=5,
     )
+
+
+def _advice_for_bare(model: nn.Module, paths: Sequence[str], most: int) -> str:
+    """Return how to name those of some paths that are single parameters, at most `most`; empty without any."""
+    keys = {key for key, _ in model.named_parameters()}
+    alone = [path for path in paths if path in keys]
+    return f". Put {shortened(alone, most)} into a module to name it: a head is a module" if alone else ""
 
 
 def _used_layers(model: nn.Module, sites: Sites) -> list[str]:
@@ -133,13 +138,10 @@ def _warn_of_layers_outside_blocks(attachment: Attachment) -> None:
     left = [path for path in later if not any(is_within(key, path) for key in attachment.tuned)]
     if not left:
         return
-    keys = {key for key, _ in attachment.model.named_parameters()}
-    alone = [path for path in left if path in keys]
-    advice = f". Put {shortened(alone, MAX_SHOWN)} into a module to name it: a head is a module" if alone else ""
     warnings.warn(
         f"{attachment.name} edits the blocks that petune finds in {sites.model}. Attentions, MLPs and linear layers "
         f"outside of these stay as they are: {shortened(left, MAX_SHOWN)}. To train them whole, name them with the "
-        f"heads: head=[…]{advice}",
+        f"heads: head=[…]{_advice_for_bare(attachment.model, left, MAX_SHOWN)}",
         stacklevel=5,
     )
 

@@ -24,6 +24,7 @@ from petune.injector.creation import ordinary_tensors
 from petune.injector.dead_sites import check_used
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
+from petune.injector.fixed_parameters import SavedTraining
 from petune.injector.keys import label_of, named_parameters
 from petune.injector.new_weights_check import check_new_weights
 from petune.injector.registry import TUNERS, build_tuner, parse_method
@@ -108,15 +109,16 @@ def attach_tuner(
     find: Callable[[], Sites],
     keep_original: bool = True,
     head: HeadChoice | None = None,
-    advises: bool = True,
+    saved: SavedTraining | None = None,
 ) -> Attachment:
     """Attach a tuner; see `attach`.
 
     Args:
         model, method, options, sites, name, train_head, keep_original, head: See `attach`.
         find: Finds the sites of a model to which nothing is attached.
-        advises: Warn of what the method leaves as it is. Who trained the adapter that is loaded has been told.
+        saved: Of an adapter that is loaded. Who trained it has been warned of what the method leaves as it is.
     """
+    advises = saved is None
     flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
     _check_model(model)
     check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
@@ -128,7 +130,7 @@ def attach_tuner(
         new = new_weights(model) if trainable_state_of(model) is None and train_head else NewWeights(is_known=False)
         given = _sites_for(model, sites, find, train_head, head, advises=advises)
         sites = given.choose(tuner.config.blocks)
-        state = open_trainable_state(model, given)
+        state = open_trainable_state(model, given, saved or SavedTraining())
         state.add(label)
         log = EditLog(label, undo_steps=[lambda: state.remove(label)])
         edit = Edit(model, sites, log, state)

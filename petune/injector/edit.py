@@ -196,13 +196,13 @@ class Edit:
         parameters = [p for m in modules for p in m.parameters()]
         if not isinstance(target, nn.Module | Site):
             parameters = list(target)
-        fixed = {id(p) for p in self._state.fixed}
-        self._log.left_fixed += [p for p in parameters if id(p) in fixed]
+        given, fixed = parameters, {id(p) for p in self._state.fixed}
+        parameters = [p for p in given if id(p) not in fixed]
+        self._log.left_fixed += [p for p in given if id(p) in fixed]
         if mask is not None:
-            if any(id(p) in fixed for p in parameters):
-                mask = [entries for p, entries in zip(parameters, mask, strict=False) if id(p) not in fixed]
-            return SparsePlacer(self._placer).train_entries([p for p in parameters if id(p) not in fixed], mask)
-        parameters = [p for p in parameters if id(p) not in fixed]
+            if len(parameters) < len(given):
+                mask = [entries for p, entries in zip(given, mask, strict=False) if id(p) not in fixed]
+            return SparsePlacer(self._placer).train_entries(parameters, mask)
         SparsePlacer(self._placer).refuse_trained(parameters)
         own = [p for p in parameters if id(p) not in self._layers.others]
         self._log.train_modules += modules

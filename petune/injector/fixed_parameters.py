@@ -2,63 +2,60 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from petune.adapters.fingerprint import PLAIN
+from petune.adapters.format import SavedAdapter
 from petune.injector.keys import named_parameters
-from petune.sites.site import modules_in, modules_of
+from petune.sites.site import modules_of
 from petune.sites.sites import Sites
 
 FILE_PREFIX = "base_model.model."
 
-_saved: ContextVar[tuple[frozenset[str], frozenset[str]]] = ContextVar("saved", default=(frozenset(), frozenset()))
 
+@dataclass(frozen=True)
+class SavedTraining:
+    """The record of an adapter's training, which cannot be seen in the model that it is loaded into.
 
-@contextlib.contextmanager
-def trained_as_saved(keys: Collection[str], left_fixed: Collection[str]) -> Iterator[None]:
-    """Let what an adapter file holds train, and what its method left fixed stay as it is.
-
-    Which parameters had been frozen when the adapter was trained cannot be seen in the model that it is loaded into.
-
-    Args:
-        keys: Of the file's tensors.
-        left_fixed: Paths of parameters, as the configuration records them.
+    Attributes:
+        keys: Of the tensors that the file holds, which train.
+        left_fixed: Paths of the parameters that the method left as they were.
     """
-    token = _saved.set((frozenset(key.removeprefix(FILE_PREFIX) for key in keys), frozenset(left_fixed)))
-    try:
-        yield
-    finally:
-        _saved.reset(token)
+
+    keys: frozenset[str] = frozenset()
+    left_fixed: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, saved: SavedAdapter) -> SavedTraining:
+        """Read what an adapter says."""
+        keys = frozenset(key.removeprefix(FILE_PREFIX) for key in saved.tensors)
+        return cls(keys, frozenset(saved.config.get("left_fixed", ())))
 
 
-def fixed_parameters(model: nn.Module, sites: Sites, frozen: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+def fixed_parameters(
+    model: nn.Module, sites: Sites, frozen: Sequence[nn.Parameter], saved: SavedTraining
+) -> list[nn.Parameter]:
     """Return those of the parameters frozen before anything was attached that stay frozen whatever a method trains.
 
     If most of the backbone trains, and something in every block, these are all. Else a user has frozen the backbone, or
     some blocks, and what the method names trains; but masks with infinite values never do. The classifier does not
     count. Quantized weights are refused elsewhere.
     """
-    in_head = {id(p) for m in _head_modules(sites) for p in m.parameters()}
+    in_head = {id(p) for m in sites.head_modules() for p in m.parameters()}
     own = [p for p in frozen if id(p) not in in_head and type(p) in PLAIN and p.is_floating_point()]
     named = named_parameters(model)
     keys = {id(p): key for key, p in named.items()}
-    saved, left_fixed = _saved.get()
-    if left_fixed or any(keys.get(id(p)) in saved for p in own):
-        others = {id(p) for p in own if keys.get(id(p)) not in saved}
-        return [p for key, p in named.items() if id(p) in others or key in left_fixed]
+    if saved.left_fixed or any(keys.get(id(p)) in saved.keys for p in own):
+        others = {id(p) for p in own if keys.get(id(p)) not in saved.keys}
+        return [p for key, p in named.items() if id(p) in others or key in saved.left_fixed]
     backbone = [p for p in named.values() if id(p) not in in_head]
     if _is_mostly_trainable(backbone, sites):
         return own
     return [p for p in own if not p.is_meta and not bool(torch.isfinite(p.detach()).all())]
-
-
-def _head_modules(sites: Sites) -> set[nn.Module]:
-    return modules_in([sites.head]) if "head" in sites.parts else set()
 
 
 def _is_mostly_trainable(backbone: Sequence[nn.Parameter], sites: Sites) -> bool:

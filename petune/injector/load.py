@@ -17,7 +17,7 @@ from petune.base.errors import AttachError, BackboneMismatch, CheckpointError, P
 from petune.injector.attach import attach_tuner
 from petune.injector.attachment import Attachment
 from petune.injector.fits import check_fits, check_reference_logits, head_keys_in_file
-from petune.injector.fixed_parameters import trained_as_saved
+from petune.injector.fixed_parameters import SavedTraining
 from petune.injector.registry import build_tuner, list_tuners
 from petune.injector.renamed import with_current_keys
 from petune.injector.saved_sites import other_sites, saved_sites
@@ -74,16 +74,15 @@ def attach_saved(
         _check_options(tuner, saved)
     name, as_saved = name or config["tuner"], saved_sites(model, saved, sites)
     try:
-        with trained_as_saved(saved.tensors, config.get("left_fixed", ())):
-            attachment = attach_tuner(
-                model,
-                tuner,
-                sites=as_saved,
-                name=name,
-                train_head=config["train_head"],
-                find=lambda: find_sites(model),
-                advises=False,
-            )
+        attachment = attach_tuner(
+            model,
+            tuner,
+            sites=as_saved,
+            name=name,
+            train_head=config["train_head"],
+            find=lambda: find_sites(model),
+            saved=SavedTraining.of(saved),
+        )
     except AttachError as error:
         reason = other_sites(model, saved) if as_saved is None else ""
         if not reason:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.injector.bank_hold import BankHold
-from petune.injector.fixed_parameters import fixed_parameters
+from petune.injector.fixed_parameters import SavedTraining, fixed_parameters
 from petune.injector.frozen_values import FrozenValues
 from petune.injector.hooks.base import Holder
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
@@ -49,7 +49,7 @@ class TrainableState(nn.Module):
 
     is_petune_module = True
 
-    def __init__(self, model: nn.Module, sites: Sites) -> None:
+    def __init__(self, model: nn.Module, sites: Sites, saved: SavedTraining) -> None:
         super().__init__()
         self.sites = sites
         self.attachments: dict[str, TrainedParts] = {}
@@ -61,7 +61,7 @@ class TrainableState(nn.Module):
         self._train_before = model.__dict__.get("train")
         self._model = (model,)  # in a tuple: nn.Module would register a plain attribute as a submodule
         self._flags = tuple((p, p.requires_grad, p.grad is not None) for p in model.parameters())
-        self.fixed = fixed_parameters(model, sites, [p for p, trains, _ in self._flags if not trains])
+        self.fixed = fixed_parameters(model, sites, [p for p, trains, _ in self._flags if not trains], saved)
         self._modes = tuple((m, m.training) for m in model.modules())
         self._values = FrozenValues(model)
         self._active_draws = self._silent_draws = RandomDraws()
@@ -321,11 +321,11 @@ class TrainableState(nn.Module):
         self.set_train(self.model.training)
 
 
-def open_trainable_state(model: nn.Module, sites: Sites) -> TrainableState:
+def open_trainable_state(model: nn.Module, sites: Sites, saved: SavedTraining) -> TrainableState:
     """Return the model's trainable state, a new one for a model without."""
     state = trainable_state_of(model)
     if state is None:
-        state = TrainableState(model, sites)
+        state = TrainableState(model, sites, saved)
         host_for(model).add_module(ATTRIBUTE, state)
         model.train = state.set_train  # type: ignore[method-assign]
     return state

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from petune.base.text import shortened
 from petune.injector.attachment import Attachment
 from petune.sites.forward import forward_of, tensors_in
+from petune.sites.hooked import removed_after
 from petune.sites.random_numbers import is_large
 from petune.sites.returned import tensors_returned
 from petune.sites.routed import routed_parameters
@@ -85,9 +86,6 @@ def _entering_head(model: nn.Module, sites: Sites, seed: int) -> list[Tensor]:
 
     heads = dict.fromkeys(sites.head.modules) if "head" in sites.parts else {}
     handles = [head.register_forward_pre_hook(enter, with_kwargs=True) for head in heads]
-    try:
+    with removed_after(handles):
         returned = forward_of(model, sites.input_spec.noise(1, seed))
-    finally:
-        for handle in handles:
-            handle.remove()
     return entered if heads else list(tensors_returned(returned))

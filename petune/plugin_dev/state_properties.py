@@ -20,6 +20,7 @@ from petune.injector.hooks.around import Around
 from petune.injector.hooks.base import Holder
 from petune.plugin_dev.trial import NUM_IMAGES, Trial, logits
 from petune.sites.forward import forget_caches
+from petune.sites.hooked import removed_after
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.logits import logits_of, max_difference, max_value
 from petune.sites.undisturbed import undisturbed
@@ -113,11 +114,8 @@ def unchanged_inputs(t: Trial) -> str:
     found: list[str] = []
     adapters = {h.adapter for h, _ in t.att.edit_log.placed if not isinstance(h, Around)}
     handles = [handle for adapter in adapters for handle in _watch_inputs(adapter, found)]
-    try:
+    with removed_after(handles):
         logits(t.model, t.x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return f"{found[0]} changes its input in place. Compute a new tensor: x = x + y, not x += y" if found else ""
 
 

@@ -11,12 +11,12 @@ from petune.sites.trace import Addition, Call, Trace
 
 def start_of(trace: Trace, blocks: Sequence[Block]) -> int:
     """Return when the first block is entered; 0 without blocks."""
-    return min((c.start for c in _bounds(trace, blocks)), default=0)
+    return min((c.start for c in calls_of(trace, blocks)), default=0)
 
 
 def end_of(trace: Trace, blocks: Sequence[Block]) -> int:
     """Return when the last block is left; 0 without blocks."""
-    return max((c.stop for c in _bounds(trace, blocks)), default=0)
+    return max((c.stop for c in calls_of(trace, blocks)), default=0)
 
 
 def attends_to_others(block: Call) -> bool:
@@ -93,7 +93,8 @@ def _keeps_size(call: Call) -> bool:
     return x is not None and y is not None and x.numel() == y.numel()
 
 
-def _bounds(trace: Trace, blocks: Sequence[Block]) -> list[Call]:
+def calls_of(trace: Trace, blocks: Sequence[Block]) -> list[Call]:
+    """Return the calls of the modules that bound blocks."""
     bounds = {id(m) for block in blocks for m in block.modules}
     return [c for c in trace.calls if id(c.module) in bounds]
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.sites.encoder import calls_of
 from petune.sites.forward import black_image
 from petune.sites.hooked import removed_after
 from petune.sites.input_spec import InputSpec
 from petune.sites.norms import is_norm
 from petune.sites.returned import tensors_returned
-from petune.sites.site import Block, Site, modules_in, modules_of
+from petune.sites.site import Block, Site, modules_of, modules_with_place
 from petune.sites.trace import Call, Trace
 from petune.sites.undisturbed import undisturbed
 
@@ -54,13 +55,11 @@ def norms_to_heads(
 
 def _norms_outside(trace: Trace, blocks: Sequence[Block], head: Site | None, calls: Iterable[Call]) -> list[Call]:
     """Return the norms of tokens, and not of pooled features, in no block, no head and no other attention."""
-    inside = {id(m) for m in modules_of(blocks) | modules_in([head] if head is not None else [])}
-    inside |= {id(m) for block in blocks for own in block.own_modules for m in own.modules()}
-    bounds = {id(m) for block in blocks for m in block.modules}
-    of_blocks = [c for c in trace.calls if id(c.module) in bounds]
+    inside = modules_with_place(blocks, head)
+    of_blocks = calls_of(trace, blocks)
     around = [c for op in trace.attention_ops for c in (op.call, *op.call.ancestors())]
     pooling = {id(c) for c in around if not any(block.within(c) for block in of_blocks)}
-    norms = [c for c in calls if is_norm(c) and id(c.module) not in inside and c.input is not None]
+    norms = [c for c in calls if is_norm(c) and c.module not in inside and c.input is not None]
     tokens = [c for c in norms if c.input is not None and c.holds_tokens(c.input)]
     return [c for c in tokens if not any(id(a) in pooling for a in c.ancestors())]
 

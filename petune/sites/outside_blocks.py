@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from petune.sites.attentions import TracedAttention, find_attentions
-from petune.sites.encoder import attends_to_others, end_of, start_of
+from petune.sites.encoder import attends_to_others, calls_of, end_of, start_of
 from petune.sites.layouts import IMAGES, is_conv
 from petune.sites.parts import Mlp, holds_one_row, num_matrices
-from petune.sites.site import Block, Site, modules_in, modules_of
+from petune.sites.site import Block, Site, modules_with_place
 from petune.sites.trace import Call, Trace
 
 
@@ -24,18 +24,14 @@ def layers_outside_blocks(trace: Trace, blocks: Sequence[Block], head: Site | No
         The paths of the largest modules without a block, and the keys of single parameters in products, each with the
         index of the last block that begins before its last call; 0 before the first block.
     """
-    inside = {id(m) for m in modules_of(blocks)} | {
-        id(m) for block in blocks for own in block.own_modules for m in own.modules()
-    }
-    inside |= {id(m) for m in modules_in([head] if head is not None else [])}
+    inside = modules_with_place(blocks, head)
     begun = [(c.start, block.index) for block in blocks for c in trace.calls if c.module is block.enter]
-    bounds = {id(m) for block in blocks for m in block.modules}
-    of_blocks = [c for c in trace.calls if id(c.module) in bounds]
+    of_blocks = calls_of(trace, blocks)
     end = _end_of_encoder(trace, blocks, of_blocks)
     attentions = {id(a.call): a for a in find_attentions(trace)}
     found: dict[str, int] = {}
     for call in trace.calls:
-        is_other = id(call.module) not in inside
+        is_other = call.module not in inside
         if is_other and _is_layer(call, attentions.get(id(call)), of_blocks, (start_of(trace, blocks), end)):
             around = _largest_without(call, of_blocks)
             if around is not None:

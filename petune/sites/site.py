@@ -238,6 +238,13 @@ def modules_of(blocks: Iterable[Block]) -> set[nn.Module]:
     return modules_in(site for block in blocks for site in (block, *block.inner_sites))
 
 
+def modules_with_place(blocks: Iterable[Block], head: Site | None) -> set[nn.Module]:
+    """Return the modules of blocks and of the head; those of a block that is no module are its `own_modules`."""
+    blocks = list(blocks)
+    own = {m for block in blocks for module in block.own_modules for m in module.modules()}
+    return modules_of(blocks) | own | modules_in([head] if head is not None else [])
+
+
 def modules_in(sites: Iterable[Site]) -> set[nn.Module]:
     """Return the modules that bound some sites, with all modules within them."""
     return {m for site in sites for bound in site.modules for m in bound.modules()}
