@@ -122,21 +122,8 @@ def keep_splits(config: RunConfig, dataset: Dataset, run_dir: Path | None, *, va
     if record is None:
         _check_unchanged(config)
         return dataset
-    is_same = own is None and _is_same_place(config)
-    if not record.kept and (own or (is_same and not _changed(config))):
-        return dataset
-    digest_by_part = {part: [*image_digests(getattr(dataset, part))] for part in PARTS}
-    images = {digest for every in digest_by_part.values() for digest in every}
-    if is_same and not record.kept and images == record.images:  # divided by other options: `check_unseen` compares
-        return dataset
-    found = record.images & images
-    if is_same and len(found) < len(record.images) / 2:
-        raise DataError(
-            f"{config.dataset} has only {len(found)} of the {plural(len(record.images), 'image')} of "
-            f"{config.from_run}, so nobody can tell whether the others are the same in other files. {WAYS}"
-        )
-    known = record.images | record.trained_on
-    if not images & known:
+    digest_by_part = _images_to_divide(config, dataset, record, has_started=own is not None)
+    if digest_by_part is None:
         return dataset
     if config.folds is not None:
         raise ConfigError(
@@ -145,6 +132,30 @@ def keep_splits(config: RunConfig, dataset: Dataset, run_dir: Path | None, *, va
     movable = ("train", *(["val"] if val_is_cut else []), *(["test"] if dataset.cut_test else []))
     _check_fixed(config, record, {part: digest_by_part[part] for part in PARTS if part not in movable})
     return _divided(config, dataset, record, {part: digest_by_part[part] for part in movable})
+
+
+def _images_to_divide(
+    config: RunConfig, dataset: Dataset, record: SplitRecord, *, has_started: bool
+) -> dict[str, list[str]] | None:
+    """Return the digests of the images of each split; None if each image is in the split that the record has it in.
+
+    Raises:
+        DataError: Most images of the record are missing.
+    """
+    is_same_place = not has_started and _is_same_place(config)
+    if not record.kept and (has_started or (is_same_place and not _changed(config))):
+        return None
+    digest_by_part = {part: [*image_digests(getattr(dataset, part))] for part in PARTS}
+    images = {digest for every in digest_by_part.values() for digest in every}
+    if is_same_place and not record.kept and images == record.images:
+        return None  # divided by other options: `check_unseen` compares
+    found = record.images & images
+    if is_same_place and len(found) < len(record.images) / 2:
+        raise DataError(
+            f"{config.dataset} has only {len(found)} of the {plural(len(record.images), 'image')} of "
+            f"{config.from_run}, so nobody can tell whether the others are the same in other files. {WAYS}"
+        )
+    return digest_by_part if images & (record.images | record.trained_on) else None
 
 
 def _record_of_start(config: RunConfig) -> SplitRecord | None:
