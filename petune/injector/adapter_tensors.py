@@ -111,7 +111,7 @@ class AdapterTensors:
         """Return the tensors of `live`; while the attachment is disabled, with the values that it trained."""
         live = self.live()
         state = trainable_state_of(self._model)
-        return live if state is None else {key: state.value(self._log.label, key, t) for key, t in live.items()}
+        return live if state is None else {key: state.values.value(self._log.label, key, t) for key, t in live.items()}
 
     def file_key(self, key: str) -> str:
         """Return the key in an adapter's file, which names the method and not the attachment."""

@@ -330,7 +330,7 @@ class Attachment:
                 if not was_enabled:
                     self.disable()
                 raise
-        self._state.make_original(self.edit_log.label, in_place)
+        self._state.values.make_original(self.edit_log.label, in_place)
         self._undo()
         self._state.accept_values(except_for=by_hand)
 
@@ -372,7 +372,7 @@ class Attachment:
 
     def _exchange(self, on: bool, in_place: dict[str, Tensor]) -> None:
         """Give tensors that train in place their trained values, or the values they have without this attachment."""
-        self._state.set_enabled(self.edit_log.label, on, in_place)
+        self._state.values.set_enabled(self.edit_log.label, on, in_place)
         if in_place:
             forget_caches(self.model)
 

@@ -125,4 +125,4 @@ def _before_later(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> di
     state = trainable_state_of(model)
     if state is None or name not in state.attachments:
         return tensors
-    return {key: state.value_before_later(name, key, tensor) for key, tensor in tensors.items()}
+    return {key: state.values.value_before_later(name, key, tensor) for key, tensor in tensors.items()}

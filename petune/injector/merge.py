@@ -14,6 +14,7 @@ from petune.base.errors import NotMergeable
 from petune.injector.edit_log import EditLog, Placed
 from petune.injector.hooks.base import After, Before
 from petune.injector.hooks.torch_attention import Projection
+from petune.injector.keys import named_parameters
 from petune.injector.trainable import TrainableState
 from petune.sites.logits import max_difference, max_value, synthetic_logits
 from petune.sites.sites import Sites
@@ -161,10 +162,11 @@ def _check_not_shared(
     model: nn.Module, log: EditLog, state: TrainableState, name: str, before: Mapping[str, Tensor]
 ) -> None:
     """Check that no other attachment would undo the fold when it restores its original values."""
+    parameters = named_parameters(model)
     for key, tensor in model.state_dict().items():
         if key not in before or _are_equal(tensor, before[key]):
             continue
-        other = state.trainer_of(key, other_than=log.label)
+        other = state.values.trainer_of(key, parameters.get(key), other_than=log.label)
         if other is not None:
             raise NotMergeable(
                 f"{name} cannot be folded into {key}, which {other} trains in place: the change would be lost when "

@@ -72,7 +72,7 @@ class SparsePlacer:
         own |= set() if whole else {id(p) for p in self.log.unfrozen}
         for p in parameters:
             trained = (name for name, parts in others.items() if not whole and any(p is q for q in parts.parameters))
-            name = self.log.label if id(p) in own else state.sparse_trainer_of(p) or next(trained, None)
+            name = self.log.label if id(p) in own else state.values.sparse_trainer_of(p) or next(trained, None)
             if name == self.log.label:
                 raise AttachError(
                     f"{name} trains entries of {self._path_of(p)} twice, or entries and all of it. Train it once, "

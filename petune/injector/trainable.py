@@ -1,4 +1,4 @@
-"""The trainable state of a model: which attachment trains what, and the original values.
+"""The trainable state of a model: which attachment trains what, and what else is frozen.
 
 Attachments may be enabled, disabled and removed in any order. Those that remain
 determine what trains, what is in train mode, and which values the model holds.
@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
@@ -22,7 +21,8 @@ from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
 from petune.injector.hooks.nested_encoder import NestedEncoders
 from petune.injector.hooks.torch_attention import Projections
 from petune.injector.keys import TensorOwner, named_parameters
-from petune.injector.trained_parts import TensorValues, TrainedParts
+from petune.injector.trained_parts import TrainedParts
+from petune.injector.values_in_place import ValuesInPlace
 from petune.sites.random_draws import RandomDraws, find_random_draws
 from petune.sites.sites import Sites
 
@@ -39,6 +39,7 @@ class TrainableState(nn.Module):
     Attributes:
         sites: The model's sites before anything was attached.
         attachments: By the attachment's name in state_dict keys, in the order of attaching.
+        values: The values of what they train in place.
         qkv_users: By attention, the attachments that need it to call its qkv layer.
         projections: By attention of torch's own class, the layers that make q, k and v where adapters are on these.
         fixed: Parameters that the model's author has fixed.
@@ -53,6 +54,7 @@ class TrainableState(nn.Module):
         super().__init__()
         self.sites = sites
         self.attachments: dict[str, TrainedParts] = {}
+        self.values = ValuesInPlace(self.attachments)
         self.qkv_users: dict[nn.Module, set[str]] = {}
         self.projections: dict[nn.Module, Projections] = {}
         self.holders: list[Holder] = []
@@ -63,7 +65,7 @@ class TrainableState(nn.Module):
         self._flags = tuple((p, p.requires_grad, p.grad is not None) for p in model.parameters())
         self.fixed = fixed_parameters(model, sites, [p for p, trains, _ in self._flags if not trains], saved)
         self._modes = tuple((m, m.training) for m in model.modules())
-        self._values = FrozenValues(model)
+        self._frozen_values = FrozenValues(model)
         self._active_draws = self._silent_draws = RandomDraws()
         self._layer_hooks = [*LayerCheckpointing(model).hook(), *NestedEncoders(model).hook()]
 
@@ -98,101 +100,9 @@ class TrainableState(nn.Module):
             in_place: The tensors it trains that were in the model before it was attached, by state_dict key.
             keep_original: Keep a copy of their values.
         """
-        known = {id(v.tensor): v for other in self.attachments.values() for v in other.in_place.values()}
         self.attachments[name] = parts
-        for key, tensor in in_place.items():
-            copied = tensor.detach().clone() if keep_original else None
-            values = known.get(id(tensor)) or TensorValues(tensor, copied)
-            current = self._current_trainer(values)
-            if current is not None:
-                values.trained[current] = copied
-            values.trained[name] = None
-            parts.in_place[key] = values
+        self.values.add(name, in_place, keep_original=keep_original)
         self._freeze()
-
-    @torch.no_grad()
-    def set_enabled(self, name: str, on: bool, live: Mapping[str, Tensor]) -> None:
-        """Enable or disable an attachment: exchange the values of what it trains in place.
-
-        Args:
-            name: The attachment.
-            on: True to enable it.
-            live: By state_dict key, the tensors that it trains in place, as they are in the model now.
-        """
-        parts = self.attachments[name]
-        stacks = {key: parts.in_place[key] for key in live if key in parts.in_place}
-        before = {key: self._current_trainer(values) for key, values in stacks.items()}
-        parts.enabled = on
-        for key, values in stacks.items():
-            tensor, old, new = live[key], before[key], self._current_trainer(values)
-            if old == new:
-                continue
-            if old is not None:
-                values.trained[old] = tensor.detach().clone()
-            value = values.original
-            if new is not None:
-                value = values.trained[new]
-                values.trained[new] = None
-            # a buffer of another shape was made by the model's own forward (ConViT) and is left alone
-            if value is not None and value.shape == tensor.shape:
-                tensor.copy_(value)
-
-    def value(self, name: str, key: str, live: Tensor) -> Tensor:
-        """Return the value that the model has at `key` while the attachment `name` is enabled.
-
-        Args:
-            name: The attachment.
-            key: A state_dict key.
-            live: What the model has there now.
-        """
-        parts = self.attachments.get(name)
-        if parts is None or key not in parts.in_place:
-            return live
-        trained = parts.in_place[key].trained
-        order = list(trained)
-        own_or_later = order[order.index(name) :]
-        if any(self.attachments[other].enabled for other in own_or_later):
-            return live
-        kept = trained[name]
-        return live if kept is None else kept
-
-    def value_before_later(self, name: str, key: str, live: Tensor) -> Tensor:
-        """Return the value that a tensor had before attachments made after `name` trained it in place.
-
-        Raises:
-            AttachError: That value was not kept.
-        """
-        order = list(self.attachments)
-        later = [self.attachments[other] for other in order[order.index(name) :]]
-        for entries in (e for parts in later for e in parts.sparse):
-            if any(live is p for p in entries.targets):
-                return entries.original(live)  # no other attachment trains it
-        values = next((v for p in self.attachments.values() for v in p.in_place.values() if v.tensor is live), None)
-        enabled = [other for other in values.trained if self.attachments[other].enabled] if values is not None else []
-        # if an earlier attachment trains it too, that one saves the current value, see `value`
-        if values is None or not enabled or order.index(enabled[0]) <= order.index(name):
-            return live
-        if values.original is None:
-            raise AttachError(
-                f"{name} needs the value of {key} from before a later attachment trained it, and that was not kept. "
-                "Attach what trains the backbone's own tensors with keep_original=True"
-            )
-        return values.original
-
-    def trainer_of(self, key: str, other_than: str) -> str | None:
-        """Return another attachment that trains the tensor at `key` in place and has kept its original value."""
-        for name, parts in self.attachments.items():
-            values = parts.in_place.get(key)
-            if name != other_than and values is not None and values.original is not None:
-                return name
-        return self.sparse_trainer_of(named_parameters(self.model).get(key), other_than)
-
-    def sparse_trainer_of(self, parameter: Tensor | None, other_than: str = "") -> str | None:
-        """Return another attachment that trains some entries of a parameter."""
-        for name, parts in self.attachments.items():
-            if name != other_than and any(p is parameter for entries in parts.sparse for p in entries.targets):
-                return name
-        return None
 
     def unfrozen_by_hand(self) -> list[str]:
         """Return the keys of parameters that require a gradient though no attachment trains them.
@@ -209,20 +119,12 @@ class TrainableState(nn.Module):
 
     def changed_by_hand(self) -> list[str]:
         """Return the keys of frozen parameters and buffers that have other values than before anything was attached."""
-        return self._values.changed(self.model, self._changed_by_attachments())
+        return self._frozen_values.changed(self.model, self._changed_by_attachments())
 
     def accept_values(self, except_for: Collection[str]) -> None:
         """Take the present values as the backbone's own after a merge, but those of the keys `except_for`."""
         if self.attachments:
-            self._values.update(self.model, except_for)
-
-    def make_original(self, name: str, live: Mapping[str, Tensor]) -> None:
-        """Make the values that an attachment trained in place the original values for later attachments."""
-        for key, values in self.attachments[name].in_place.items():
-            others = len(values.trained) > 1
-            if others and next(iter(values.trained)) == name:
-                kept = values.trained[name]
-                values.original = live[key].detach().clone() if kept is None and key in live else kept
+            self._frozen_values.update(self.model, except_for)
 
     def use_qkv_module(self, attention: nn.Module, name: str, on: bool) -> None:
         """Let an attention call its qkv layer as long as one attachment needs it."""
@@ -301,10 +203,6 @@ class TrainableState(nn.Module):
         for module in self._silent_draws.drawing:
             module.training = False
         return model
-
-    def _current_trainer(self, values: TensorValues) -> str | None:
-        """Return the attachment whose value the model holds: the last one that is enabled."""
-        return next((name for name in reversed(values.trained) if self.attachments[name].enabled), None)
 
     def _changed_by_attachments(self) -> set[int]:
         """Return the identities of all tensors that attachments train, change or added."""
