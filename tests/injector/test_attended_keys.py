@@ -200,6 +200,13 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "added in place to the patches": lambda logits: in_place(logits),
     "subtracted": lambda logits: logits - PAIRS.abs(),
     "multiplied": lambda logits: logits * PAIRS,
+    "multiplied by a weight of each key": lambda logits: logits * PAIRS[0],
+    "divided by a weight of each key": lambda logits: logits / PAIRS[0].exp(),
+    "squared": lambda logits: logits * logits,
+    "clamped": lambda logits: logits.clamp(-0.1, 0.1),
+    "clamped in place": lambda logits: logits.clamp_(-0.1, 0.1),
+    "capped": lambda logits: 0.1 * torch.tanh(logits / 0.1),
+    "without a softmax": lambda logits: nn.functional.relu(logits),
     "heads mixed": lambda logits: nn.functional.linear(logits.movedim(1, -1), torch.ones(2, 2)).movedim(-1, 1),
     "chosen": lambda logits: torch.where(torch.arange(17) < 12, logits, -torch.inf),
     "by another attention": lambda logits: logits.lerp(PAIRS.expand_as(logits), 0.5),
@@ -235,8 +242,16 @@ def test_a_bias_of_positions_is_refused_and_one_of_zeros_changes_nothing(fused: 
         model(torch.randn(1, 3, 32, 32))
 
 
-def test_scaled_products_are_read() -> None:
-    model = attends_with(lambda logits: logits * torch.ones(2, 1, 1) + 1 - logits.amax(-1, keepdim=True), tiny_timm())
+HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": lambda logits: logits * torch.ones(2, 1, 1) + 1 - logits.amax(-1, keepdim=True),
+    "one factor for all keys": lambda logits: logits * torch.full((17,), 2.0) / torch.tensor(3.0),
+    "clamped far away": lambda logits: torch.clamp(logits, min=-50000),
+}
+
+
+@pytest.mark.parametrize("name", sorted(HARMLESS))
+def test_scaled_products_are_read(name: str) -> None:
+    model = attends_with(HARMLESS[name], tiny_timm())
     _, cell = attached(model)
     assert len(cell.queries) == 2
 

@@ -17,7 +17,14 @@ from petune.sites.sums import ADDITIONS, DIFFERENCES, MIXES, MULTIPLICATIONS, PR
 
 CHOICES = MASKINGS | {"where", "__setitem__", "index_fill", "index_fill_", "tril", "triu"}
 SUMS = ADDITIONS | DIFFERENCES | PRODUCTS_ADDED | MIXES | {"index_add", "index_add_"}
+FACTORS = MULTIPLICATIONS | {"div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__", "__rtruediv__"}
 MIXTURES = {"linear", "conv2d"}
+BENDS = {
+    "clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "tanh", "relu", "relu6", "leaky_relu", "sigmoid", "softplus",
+    "softsign", "elu", "gelu", "silu", "abs", "square", "sqrt", "pow", "__pow__", "log", "log1p", "sign", "round",
+    "minimum", "maximum", "nan_to_num", "threshold", "hardshrink", "softshrink", "sort", "flip", "roll",
+}  # fmt: skip
+"""Operations that give each logit another order or distance to the others."""
 MASKED = "hides some tokens from others by a mask"
 BIASED = "changes q · k, or the weights after the softmax, in a way of its own, such as a bias of positions"
 
@@ -53,6 +60,7 @@ class AttendedKeys(TorchFunctionMode):
             self.keep_product(*args)
         result = func(*args, **kwargs)
         if self.keys is not None and self.values is None and not torch.compiler.is_compiling():
+            self.note_bend(name, args, result)
             self.follow(name, [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)], result)
         return result
 
@@ -80,8 +88,15 @@ class AttendedKeys(TorchFunctionMode):
         adds = name in SUMS and (any(_acts(x) for x in added) or len(over_keys) > len(added) + 1)
         if name in CHOICES or (adds and any(_hides(x) for x in others)):
             self.obstacle = MASKED
-        elif adds or name in MIXTURES or (name in MULTIPLICATIONS and any(_is_of_pairs(x) for x in others)):
+        elif adds or name in MIXTURES or (name in FACTORS and _weighs_keys(operands, others)):
             self.obstacle = BIASED
+
+    def note_bend(self, name: str, args: Any, result: Any) -> None:
+        """Note an operation that bends q · k; a clamp that leaves all values as they are does not."""
+        is_weight = bool(args) and any(args[0] is y for y in self.weights)
+        in_place = name.rstrip("_") in BENDS and result is args[0] if is_weight else False
+        if is_weight and (in_place or (name in BENDS and _differ(result, args[0]))):
+            self.obstacle = self.obstacle or BIASED
 
     def keep_product(self, x: Tensor, y: Tensor) -> None:
         """Keep the keys of q · kᵀ, or the values of the weights and v."""
@@ -123,6 +138,13 @@ def _acts(bias: Tensor) -> bool:
     return not bias.is_meta and not torch.compiler.is_compiling() and bool(bias.any())
 
 
-def _is_of_pairs(factor: Tensor) -> bool:
-    """Return True for a factor of each pair of tokens, and not of each head."""
-    return factor.ndim > 1 and 1 not in factor.shape[-2:]
+def _weighs_keys(operands: list[Tensor], others: list[Tensor]) -> bool:
+    """Return True for factors that are not the same for all keys of a query, or q · k times itself."""
+    return (len(operands) > 1 and not others) or any(
+        x.ndim > 0 and x.shape[-1] > 1 and _differ(x, x[..., :1]) for x in others
+    )
+
+
+def _differ(x: Tensor, y: Tensor) -> bool:
+    """Return True if some values differ; tensors without values are taken to."""
+    return x.is_meta or not torch.equal(x, y.expand_as(x))
