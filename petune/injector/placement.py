@@ -14,7 +14,7 @@ from petune.base.errors import AttachError
 from petune.injector.attention import Attention
 from petune.injector.chain import check_stream, links_of
 from petune.injector.edit_log import EditLog, Placed
-from petune.injector.hooks.around import Around, Link, num_around, pass_on
+from petune.injector.hooks.around import Around, num_around, pass_on
 from petune.injector.hooks.base import After, Before, Holder, idempotent
 from petune.injector.hooks.keys_values import KeysValues
 from petune.injector.hooks.prompts import order_hooks
@@ -162,7 +162,6 @@ class Placer:
             sites[0].layout,
             sites[-1].layout,
             self.state.holders,
-            num_repeated=self._num_in_one_block(links),
             depth=1 + num_around(first),
         )
         self.add(holder, sites[0], *sites)
@@ -170,12 +169,9 @@ class Placer:
             self.log.undo_steps.append(pass_on(link.module, number))
         self.hook(first.register_forward_pre_hook(holder.enter, with_kwargs=True))
         for module in dict.fromkeys(link.module for link in links):
+            if module is not first:
+                self.hook(module.register_forward_pre_hook(holder.refuse_alone))
             self.hook(module.register_forward_hook(holder.leave, always_call=True))
-
-    def _num_in_one_block(self, links: Sequence[Link]) -> int:
-        block_of = {m: b.index for b in self.sites.all_blocks for root in b.own_modules for m in root.modules()}
-        numbers = [block_of.get(link.module) for link in links]
-        return next((i for i, number in enumerate(numbers) if number != numbers[0]), len(links))
 
     def side(self, given: Sequence[Site | Attention], cell: nn.Module, *, leaving: bool) -> None:
         """See `Edit.side`."""

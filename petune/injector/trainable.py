@@ -19,6 +19,7 @@ from petune.injector.frozen_values import FrozenValues
 from petune.injector.hooks.base import Holder
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
 from petune.injector.hooks.nested_encoder import NestedEncoders
+from petune.injector.hooks.reentrant import ReentrantCheck
 from petune.injector.hooks.torch_attention import Projections
 from petune.injector.keys import TensorOwner, named_parameters
 from petune.injector.trained_parts import TrainedParts
@@ -67,7 +68,9 @@ class TrainableState(nn.Module):
         self._modes = tuple((m, m.training) for m in model.modules())
         self._frozen_values = FrozenValues(model)
         self._active_draws = self._silent_draws = RandomDraws()
+        self._reentrant = ReentrantCheck(sites)
         self._layer_hooks = [*LayerCheckpointing(model).hook(), *NestedEncoders(model).hook()]
+        self._layer_hooks += self._reentrant.hook(model)
 
     @property
     def model(self) -> nn.Module:
@@ -216,6 +219,7 @@ class TrainableState(nn.Module):
         for parameter in self.model.parameters():
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_(id(parameter) in trained)
+        self._reentrant.looks_inside = True
         self.set_train(self.model.training)
 
 

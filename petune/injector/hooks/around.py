@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
+from petune.base.errors import AttachError
 from petune.injector.hooks.base import (
     CALLED,
     INNER,
@@ -33,6 +35,7 @@ from petune.injector.hooks.base import (
     to_channels_last,
     with_first_tensor,
 )
+from petune.injector.hooks.spanning import ADVICE
 from petune.sites.site import Layout
 
 
@@ -57,7 +60,6 @@ class Around(Holder):
         enter_layout: Of what enters the first one.
         exit_layout: Of what leaves the last one.
         others: All holders on the model, a list that grows. Each call of `inner` finds what they kept before the first.
-        num_repeated: Number of the modules, from the first, that are in one block and so are repeated together.
         depth: 1 for the innermost adapter around the first module, then 2, and so on.
     """
 
@@ -69,7 +71,6 @@ class Around(Holder):
         exit_layout: Layout,
         others: list[Holder],
         *,
-        num_repeated: int,
         depth: int,
     ) -> None:
         super().__init__(adapter)
@@ -77,7 +78,6 @@ class Around(Holder):
         self.links = links
         self.enter_layout = enter_layout
         self.exit_layout = exit_layout
-        self.num_repeated = num_repeated
         self.depth = depth
         self.skipped: tuple[tuple[nn.Module, int], ...] = ()
         """The modules that pass on now, each with the phase that it goes back to."""
@@ -94,12 +94,11 @@ class Around(Holder):
                 other.find_again(x)
         kept = [(other, other.snapshot()) for other in self.others]
         y = self.call(functools.partial(self.inner, args, kwargs, kept), adapted)
-        modules = [link.module for link in self.links]
-        if in_backward():
-            del modules[self.num_repeated :]  # gradient checkpointing repeats a block without the others
-        self.skipped = tuple((m, phase_of(m)) for m in modules)
-        for m in modules:
+        self.skipped = tuple((link.module, phase_of(link.module)) for link in self.links)
+        for m, _ in self.skipped:
             setattr(m, PHASE, SKIPPED)
+        if in_backward():  # gradient checkpointing may repeat a block without the others
+            Variable._execution_engine.queue_callback(self.finish)
         return with_first_tensor(args, kwargs, self._like_output(y, x))
 
     def _like_output(self, y: Tensor, x: Tensor) -> Tensor:
@@ -136,6 +135,18 @@ class Around(Holder):
         finally:
             for module, phase in before:
                 setattr(module, PHASE, phase)
+
+    def refuse_alone(self, module: nn.Module, args: Args) -> None:
+        """Check that a repetition in the backward pass has begun with the first module; pre-hook of the others.
+
+        Raises:
+            AttachError: It has not, so this module would compute again what the adapter has computed.
+        """
+        if in_backward() and not self.skipped and self.acts_at(module) and phase_of(module) == CALLED:
+            raise AttachError(
+                f"an adapter is around {type(module).__name__} and modules before it, which gradient checkpointing "
+                f"does not repeat together with it. {ADVICE}"
+            )
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> None:
         """Let the modules compute again; outermost hook of each module, also after an exception."""
