@@ -182,6 +182,13 @@ class AdapterBank:
         names = ", ".join(map(repr, self.adapters)) or "none"
         return f"<AdapterBank on {type(self.model).__name__}, adapters: {names}; active: {self.active!r}>"
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise UsageError(
+            f"an AdapterBank belongs to its own model and cannot be copied or pickled. Make another one on a copy of "
+            f"{type(self.model).__name__}, petune.AdapterBank(model), and load the adapters from their directories, "
+            "[entry.path for entry in bank.adapters.values()]"
+        )
+
     def __enter__(self) -> Self:
         return self
 

@@ -107,9 +107,10 @@ class ValueSlots:
 
     def value(self, values: list[Tensor], index: int) -> Tensor:
         """Return the value for a slot; it follows the model to its device and dtype."""
-        value, original = values[index], self.slots[index].original
-        if value.dtype != original.dtype or value.device != original.device:
-            values[index] = value = as_value(like(value.detach(), original), original)
+        value, slot = values[index], self.slots[index]
+        current = slot.current  # a conversion of the model makes new buffers, and leaves the slot's own as it was
+        if (value.is_floating_point() and value.dtype != current.dtype) or value.device != current.device:
+            values[index] = value = as_value(like(value.detach(), current), slot.original)
         return value
 
     def put(self, values: list[Tensor], only: list[int] | None = None) -> None:
