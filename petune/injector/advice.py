@@ -14,6 +14,7 @@ from petune.injector.hooks.reading import Gather, Parallel
 from petune.injector.hooks.side import Side
 from petune.injector.keys import named_parameters
 from petune.injector.outside_head import parameters_outside
+from petune.injector.unfrozen import warn_of_trained_though_frozen
 from petune.sites.named_heads import classifiers_of
 from petune.sites.new_weights import new_weights
 from petune.sites.recorder import record_calls
@@ -81,6 +82,8 @@ def advise(attachment: Attachment) -> None:
     """Warn of what a method leaves as it is, or changes besides, although its user may not expect that."""
     _warn_of_shared_head(attachment)
     _warn_of_fixed(attachment)
+    trained = {id(p) for p in (*attachment.tensors.with_gradients(), *attachment.head.values())}
+    warn_of_trained_though_frozen(attachment.model, attachment.sites, attachment.name, trained)
     _warn_of_layers_outside_blocks(attachment)
     _warn_of_further_norms(attachment)
     _warn_of_unadapted_mlps(attachment)

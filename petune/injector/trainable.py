@@ -77,6 +77,11 @@ class TrainableState(nn.Module):
         """The model whose state this is."""
         return self._model[0]
 
+    @property
+    def flags_before(self) -> dict[int, bool]:
+        """By the identity of each parameter that was in the model before anything was attached, if it trained then."""
+        return {id(p): trains for p, trains, _ in self._flags}
+
     def forward(self, x: Any) -> Any:
         """Return `x`: a model may call all of its children."""
         return x

@@ -49,12 +49,39 @@ def test_methods_leave_them_and_say_so() -> None:
         assert all(torch.equal(p, before[key]) for key, p in model.named_parameters() if key in FIXED)
 
 
-@pytest.mark.parametrize("path", ["", "blocks", "blocks.0"])
-def test_what_a_user_froze_trains(path: str) -> None:
+@pytest.mark.parametrize(("path", "named"), [("blocks", "24 parameters.*blocks"), ("blocks.0", r"12 .*blocks\.0")])
+def test_what_a_user_froze_trains_and_is_named(path: str, named: str) -> None:
     model = tiny()
     model.get_submodule(path).requires_grad_(False)
-    att = petune.attach(model, "full")
+    with pytest.warns(UserWarning, match=f"full trains {named}.*requires_grad=False"):
+        att = petune.attach(model, "full")
     assert len(att.tuned) + len(att.head) == len([*model.parameters()])
+
+
+@pytest.mark.parametrize("method", ["full", "norm", "bitfit", "partial", "lora", "linear", "gps"])
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_nothing_is_said_of_a_backbone_that_is_frozen_whole(method: str, head_trains: bool) -> None:
+    model = tiny().requires_grad_(False)
+    model.head.requires_grad_(head_trains)
+    att = petune.attach(model, method)
+    assert att.head.keys() == {"head.weight", "head.bias"}
+
+
+def test_of_what_trains_only_frozen_parameters_are_named() -> None:
+    model = tiny()
+    model.blocks[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"norm trains 4 parameters .*\(blocks\.0\.norm1"):
+        petune.attach(model, "norm").detach()
+    petune.attach(model, "norm", blocks=[1])
+    petune.attach(model, "lora", name="lora")
+
+
+def test_a_head_that_a_user_froze_alone_is_named() -> None:
+    model = tiny()
+    model.head.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"2 parameters .*head\.weight.*train_head=False"):
+        petune.attach(model, "lora").detach()
+    petune.attach(model, "lora", train_head=False)
 
 
 def test_masks_of_a_frozen_model_stay() -> None:
