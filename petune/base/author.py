@@ -24,14 +24,22 @@ def is_authors(error: BaseException) -> bool:
     return bool(_own(_frames(error)))
 
 
-def adapter_that_raised(error: BaseException) -> str:
-    """Return the class of the adapter in whose call the error was raised; empty if it was raised elsewhere."""
-    names = [
-        type(frame.f_locals["self"].adapter).__name__
+def forward_of(adapter: type) -> str:
+    """Return where an author's adapter has its forward, as ` (file.py:12)`; empty for one of petune or a library."""
+    code = getattr(getattr(adapter, "forward", None), "__code__", None)
+    if code is None or code.co_filename.startswith(_library_folders()):
+        return ""
+    return f" ({Path(code.co_filename).name}:{code.co_firstlineno})"
+
+
+def adapter_that_raised(error: BaseException) -> type | None:
+    """Return the class of the adapter in whose call the error was raised; None if it was raised elsewhere."""
+    classes = [
+        type(frame.f_locals["self"].adapter)
         for frame, _ in traceback.walk_tb(error.__traceback__)
         if frame.f_code.co_name == "call" and hasattr(frame.f_locals.get("self"), "is_petune_module")
     ]
-    return names[-1] if names else ""
+    return classes[-1] if classes else None
 
 
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:

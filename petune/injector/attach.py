@@ -25,6 +25,7 @@ from petune.injector.dead_sites import check_used
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
 from petune.injector.fixed_parameters import SavedTraining
+from petune.injector.hooks.base import described
 from petune.injector.keys import label_of, named_parameters
 from petune.injector.new_weights_check import check_new_weights
 from petune.injector.registry import TUNERS, build_tuner, parse_method
@@ -278,9 +279,17 @@ def _check_trains(attachment: Attachment) -> None:
             "them, or the forward computes with them under torch.no_grad(), as reversible layers do. Use linear, which "
             "trains the head alone, or build the model without reversible layers"
         )
+    if attachment.edit_log.placed:
+        adapter = described(attachment.edit_log.placed[0].holder.adapter)
+        raise AttachError(
+            f"{attachment.name} would train nothing: {adapter} has no parameters. Make its tensors attributes of type "
+            "nn.Parameter, and keep several in an nn.ParameterList or nn.ModuleList, not in a list"
+        )
+    is_own = not type(attachment.tuner).__module__.startswith("petune.")
+    advice = ". A method of your own trains what verbs put in or unfreeze, and edit.add_parameters registers"
     raise AttachError(
         f"{attachment.name} found nothing to train in {attachment.sites.model}. Use another method, or linear to train "
-        "only the classifier"
+        f"only the classifier{advice if is_own else ''}"
     )
 
 

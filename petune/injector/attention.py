@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from petune.base.author import line_of
+from petune.base.author import adapter_that_raised, line_of
 from petune.base.errors import AttachError, PetuneError
 from petune.injector.hooks.torch_attention import Projections
 from petune.injector.qkv import qkv_called
@@ -26,6 +26,7 @@ from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Block, Site
 from petune.sites.sites import Sites
 from petune.sites.undisturbed import undisturbed
+from petune.sites.unsuitable import why_method_fails
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +206,10 @@ def _record(model: nn.Module, sites: Sites, site: Site, layers: Sequence[Site]) 
     except PetuneError:
         raise
     except Exception as error:  # whatever a model's own code raises
-        raise AttachError(
-            f"the attention {site.where} of {sites.model} cannot be looked into: its forward fails with gradients "
-            f"({type(error).__name__}: {error}{line_of(error)})"
-        ) from error
+        cause = f"its forward fails with gradients ({type(error).__name__}: {error}{line_of(error)})"
+        if adapter_that_raised(error) is not None:
+            cause = why_method_fails(model, error)
+        raise AttachError(f"the attention {site.where} of {sites.model} cannot be looked into: {cause}") from error
     finally:  # not before `undisturbed` has put back the hooks that it found
         for hook in hooks:
             hook.remove()

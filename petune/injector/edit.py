@@ -25,6 +25,7 @@ from petune.injector.trainable import TrainableState
 from petune.sites.required import (
     require_all_channels,
     require_block,
+    require_parameters,
     require_site,
 )
 from petune.sites.site import Block, Site
@@ -195,7 +196,7 @@ class Edit:
         modules = _modules_of(require_all_channels(target, "train") if isinstance(target, Site) else target)
         parameters = [p for m in modules for p in m.parameters()]
         if not isinstance(target, nn.Module | Site):
-            parameters = list(target)
+            parameters = require_parameters(target, "train")
         given, fixed = parameters, {id(p) for p in self._state.fixed}
         parameters = [p for p in given if id(p) not in fixed]
         self._log.left_fixed += [p for p in given if id(p) in fixed]

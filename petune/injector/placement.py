@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from petune.base.arguments import LONGEST_SHOWN
+from petune.base.config import shown
 from petune.base.errors import AttachError
 from petune.injector.attention import Attention
 from petune.injector.chain import check_stream, links_of
@@ -58,6 +60,11 @@ class Placer:
         Raises:
             AttachError: It would act in two blocks that share a module, or a parameter has no shape.
         """
+        if not isinstance(holder.adapter, nn.Module):
+            raise AttachError(
+                f"an adapter is an nn.Module that was built, such as MyAdapter(site.dim), but was given "
+                f"{shown(holder.adapter, LONGEST_SHOWN)}"
+            )
         lazy = next((key for key, p in holder.adapter.named_parameters() if is_lazy(p)), None)
         if lazy is not None:
             raise AttachError(

@@ -18,7 +18,7 @@ from petune.injector.hooks.prompts import AttentionPrompts, PromptedModule, Prom
 from petune.injector.hooks.reading import Gather
 from petune.injector.hooks.side import Side
 from petune.injector.placement import Placer
-from petune.sites.site import Block, Site
+from petune.sites.site import Block, Site, modules_of
 from petune.sites.sites import Sites
 
 USE_DEEP = "Use prompts in each block (vpt:deep=true), or a method without prompts, such as adaptformer"
@@ -56,6 +56,7 @@ class PromptPlacer:
         self._refuse_gaps(run)
         for block in run:
             refuse_obstacles(block, self.sites)
+        self._refuse_twice(run)
         self._refuse_prompts_of_others(run[0])
         self.placer.log.enable_checks.append(lambda: self._refuse_prompts_of_others(run[0]))
         if not enters_attention_only(run[0], self.sites):
@@ -144,6 +145,13 @@ class PromptPlacer:
         for block in run:
             for switch in position_switches(block, self.sites, slot):
                 self.placer.toggle(switch, on=False)
+
+    def _refuse_twice(self, run: tuple[Block, ...]) -> None:
+        entered = {p.module for h, _ in self.placer.log.placed if isinstance(h, Prompts) for p in h.entered}
+        for block in run:
+            if not entered.isdisjoint(modules_of([block])):
+                reason = "has prompts of this method already, whose tokens would count as the block's own"
+                raise prompts_refused(block, self.sites, reason, "Insert all of them by one adapter")
 
     def _refuse_prompts_of_others(self, block: Site) -> None:
         own = {id(holder) for holder, _ in self.placer.log.placed}

@@ -24,6 +24,8 @@ from petune.plugin_dev.state_properties import (
     independent_images,
     no_state_between_forwards,
     repeatable_evaluation,
+    tensor_left_behind,
+    tensors_kept,
     unchanged_inputs,
 )
 from petune.plugin_dev.training_properties import calibration, flags, foreign_tensors, number_formats, random_numbers
@@ -56,7 +58,13 @@ def _parameter_count(t: Trial) -> str:
 
 
 def _gradients(t: Trial) -> str:
-    silent = t.train().silent
+    known = [*tensors_kept(t)]
+    try:
+        silent = t.train().silent
+    except RuntimeError:
+        if cause := unchanged_inputs(t) or tensor_left_behind(t, known):
+            return cause
+        raise
     if not silent:
         return ""
     return f"{len(silent)} of {len(t.att.tuned)} tensors never had a gradient other than zero, such as {silent[0]}"

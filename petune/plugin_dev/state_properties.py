@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
+from petune.base.author import forward_of
 from petune.injector.hooks.around import Around
-from petune.injector.hooks.base import Holder
+from petune.injector.hooks.base import Holder, version_of
 from petune.plugin_dev.trial import NUM_IMAGES, Trial, logits
 from petune.sites.forward import forget_caches
 from petune.sites.hooked import removed_after
@@ -52,7 +53,7 @@ def no_state_between_forwards(t: Trial) -> str:
     spec = t.att.sites.input_spec
     own = dict(t.base.named_buffers())
     buffers = {key: b.detach().clone() for key, b in t.model.named_buffers() if key not in own}
-    known = [*_tensors_kept(t)]
+    known = [*tensors_kept(t)]
     logits(t.model, spec.select(spec.noise(NUM_IMAGES, seed=1), [0, 1, 2]))
     logits(t.model, spec.noise(NUM_IMAGES, seed=1))
     again = logits(t.model, t.x)
@@ -62,10 +63,10 @@ def no_state_between_forwards(t: Trial) -> str:
     for key, b in t.model.named_buffers():
         if key in buffers and not torch.equal(b, buffers[key]):
             return f"{key} changes in a forward in eval mode, so that the file depends on how often one predicts"
-    return _tensor_left_behind(t, known)
+    return tensor_left_behind(t, known)
 
 
-def _tensor_left_behind(t: Trial, known: list[tuple[str, Tensor]]) -> str:
+def tensor_left_behind(t: Trial, known: list[tuple[str, Tensor]]) -> str:
     """Return a message about a tensor that a forward has left in an attribute, or in a container or object there."""
     own = {f"{path}.{name}" for path, module in t.base.named_modules() for name in vars(module)}
     for path, module in t.model.named_modules():
@@ -73,11 +74,11 @@ def _tensor_left_behind(t: Trial, known: list[tuple[str, Tensor]]) -> str:
             if isinstance(value, Tensor) and f"{path}.{name}" not in own:
                 return f"{path}.{name} keeps a tensor after the forward"
     before = {id(tensor) for _, tensor in known}
-    place = next((place for place, tensor in _tensors_kept(t) if id(tensor) not in before), "")
+    place = next((place for place, tensor in tensors_kept(t) if id(tensor) not in before), "")
     return f"{place} keeps a tensor after the forward" if place else ""
 
 
-def _tensors_kept(t: Trial) -> Iterator[tuple[str, Tensor]]:
+def tensors_kept(t: Trial) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in lists, dicts and objects on the tuner and on adapters, with the attribute there."""
     adapters = {m for holder, _ in t.att.edit_log.placed for m in holder.adapter.modules()}
     adapters |= {m for added in t.att.edit_log.added_modules for m in added.modules()}
@@ -120,15 +121,16 @@ def unchanged_inputs(t: Trial) -> str:
 
 
 def _watch_inputs(adapter: nn.Module, found: list[str]) -> list[RemovableHandle]:
-    """Add the adapter's class to a list if a call changes one of its arguments."""
-    kept: list[list[tuple[Tensor, Tensor]]] = []
+    """Add the adapter's class to a list if a call writes to one of its arguments, also what was there."""
+    kept: list[list[tuple[Tensor, Tensor, int]]] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        kept.append([(x, x.clone()) for x in _tensors_in(args, set()) if not x.is_nested])
+        kept.append([(x, x.clone(), version_of(x)) for x in _tensors_in(args, set()) if not x.is_nested])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if any(not torch.equal(x.nan_to_num(), before.nan_to_num()) for x, before in kept.pop()):
-            found.append(type(module).__name__)
+        for x, before, version in kept.pop():
+            if version_of(x) != version or not torch.equal(x.nan_to_num(), before.nan_to_num()):
+                found.append(f"{type(module).__name__}{forward_of(type(module))}")
 
     return [adapter.register_forward_pre_hook(enter), adapter.register_forward_hook(leave)]
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from torch import nn
+
+from petune.base.arguments import LONGEST_SHOWN
+from petune.base.config import shown
 from petune.base.errors import AttachError
 from petune.sites.site import Block, Site
 
@@ -17,6 +23,23 @@ def require_site(site: object, verb: str) -> Site:
     raise AttachError(
         f"{verb} takes a site, such as block.attn, but was given {type(site).__name__}. "
         f"For a layer that is no site of its own, use edit.site(module)"
+    )
+
+
+def require_parameters(given: object, verb: str) -> list[nn.Parameter]:
+    """Return the argument of a verb of `Edit` as a list, if it is parameters.
+
+    Raises:
+        AttachError: It is something else.
+    """
+    items = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    parameters = [item for item in items if isinstance(item, nn.Parameter)]
+    other = next((item for item in items if not isinstance(item, nn.Parameter)), None)
+    if other is None:
+        return parameters
+    raise AttachError(
+        f"{verb} takes a module, a site, or a list of parameters, but was given {shown(other, LONGEST_SHOWN)}. Call it "
+        "for each of several modules or sites; model.get_submodule(path) returns the module at a path"
     )
 
 

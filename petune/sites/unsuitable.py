@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from petune.base.author import adapter_that_raised, is_authors, line_of
+from petune.base.author import adapter_that_raised, forward_of, is_authors, line_of
 from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.sites.input_size import frames_of
@@ -127,9 +127,11 @@ def why_method_fails(model: nn.Module, error: Exception) -> str:
 
 
 def _why_adapter_fails(error: Exception, reason: str) -> str:
-    name = adapter_that_raised(error)
-    where = f"the adapter {name} raises {reason}{line_of(error)}" if name else f"{reason}{line_of(error)}"
-    advice = "Mend it, or use another method on this model" if is_authors(error) else "Use another method on this model"
+    adapter, line = adapter_that_raised(error), line_of(error)
+    place = line if adapter is None else line or forward_of(adapter)
+    where = f"{reason}{place}" if adapter is None else f"the adapter {adapter.__name__} raises {reason}{place}"
+    is_own = is_authors(error) or place != line
+    advice = "Mend it, or use another method on this model" if is_own else "Use another method on this model"
     return f"{where}. {advice}"
 
 

@@ -93,7 +93,7 @@ class Around(Holder):
             for other in self.others:
                 other.find_again(x)
         kept = [(other, other.snapshot()) for other in self.others]
-        y = self.call(functools.partial(self.inner, args, kwargs, kept), adapted)
+        y = self.checked(self.call(functools.partial(self.inner, args, kwargs, kept), adapted))
         self.skipped = tuple((link.module, phase_of(link.module)) for link in self.links)
         for m, _ in self.skipped:
             setattr(m, PHASE, SKIPPED)
@@ -103,7 +103,7 @@ class Around(Holder):
 
     def _like_output(self, y: Tensor, x: Tensor) -> Tensor:
         if self.enter_layout == self.exit_layout and y.shape[-1] == x.shape[1 if self.enter_layout == "BCHW" else -1]:
-            return shaped_like(y, x, self.exit_layout)
+            return shaped_like(y, x, self.exit_layout, self.adapter)
         return y.movedim(-1, 1) if self.exit_layout == "BCHW" else y  # other than what enters
 
     def inner(self, args: Args, kwargs: Kwargs, kept: list[tuple[Holder, Any]], x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.base.author import forward_of
 from petune.base.errors import AttachError
 from petune.sites.site import Layout
 
@@ -63,8 +64,13 @@ class Holder(nn.Module):
 
     def run(self, x: Any) -> Tensor:
         """Return what the adapter makes of `x`; modules that it calls run without it."""
-        y: Tensor = self.call(in_dtype_of(self.adapter, x))
-        return y
+        return self.checked(self.call(in_dtype_of(self.adapter, x)))
+
+    def checked(self, y: Any) -> Tensor:
+        """Return what the adapter has returned, which must be a tensor."""
+        if isinstance(y, Tensor):
+            return y
+        raise AttachError(f"{described(self.adapter)} returned a {type(y).__name__}. Let it return a tensor")
 
     def call(self, *args: Any) -> Any:
         """Call the adapter, and take its auxiliary loss, which must not stay on it."""
@@ -134,7 +140,7 @@ class Before(Holder):
         if not self.acts_at(module):
             return None
         x = first_tensor(args, kwargs)
-        y = shaped_like(self.run(to_channels_last(x, self.layout)), x, self.layout)
+        y = shaped_like(self.run(to_channels_last(x, self.layout)), x, self.layout, self.adapter)
         return with_first_tensor(args, kwargs, y)
 
 
@@ -152,7 +158,7 @@ class After(Holder):
 
     def _changed(self, x: Tensor) -> Tensor:
         def change(z: Tensor, layout: Layout) -> Tensor:
-            return shaped_like(self.run(to_channels_last(z, layout)), z, layout)
+            return shaped_like(self.run(to_channels_last(z, layout)), z, layout, self.adapter)
 
         return in_part(self.part, x, self.layout, change)
 
@@ -268,7 +274,12 @@ def to_channels_last(x: Tensor, layout: Layout) -> Tensor:
     return x.movedim(1, -1) if layout == "BCHW" else x
 
 
-def shaped_like(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
+def described(adapter: nn.Module) -> str:
+    """Return `the adapter Mine (mine.py:12)`, with the line of its forward if that is an author's, for messages."""
+    return f"the adapter {type(adapter).__name__}{forward_of(type(adapter))}"
+
+
+def shaped_like(y: Tensor, x: Tensor, layout: Layout, adapter: nn.Module) -> Tensor:
     """Return an adapter's (..., D) output in the shape and the dtype of `x`.
 
     (B, H, W, D), (B, N, D) and flattened (B·N, D) hold the same tokens in one order. Under autocast the dtype stays
@@ -277,9 +288,12 @@ def shaped_like(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
     shape = x.movedim(1, -1).shape if layout == "BCHW" else x.shape
     if y.shape != shape:
         if y.shape[-1] != shape[-1] or y.numel() != shape.numel():
+            found = f"{described(adapter)} returned shape {tuple(y.shape)}, but its site has the (..., D) shape "
+            if y.shape[:-1] == shape[:-1]:
+                raise AttachError(f"{found}{tuple(shape)}. Let it return {shape[-1]} channels, or use another site")
             raise AttachError(
-                f"an adapter returned shape {tuple(y.shape)}, but its site has the (..., D) shape {tuple(shape)}. If "
-                "the model pools, drops or merges tokens between what it reads and where it acts, use a method "
+                f"{found}{tuple(shape)}. If the model "
+                "pools, drops or merges tokens between what it reads and where it acts, use a method "
                 "that edits single layers, such as lora. If the method is your own, let its adapter keep batch, number "
                 "of tokens and width"
             )

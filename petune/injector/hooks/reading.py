@@ -78,7 +78,7 @@ class Reader(Holder):
         """Return an output with a change added to its channels, or to a part of them."""
 
         def add(y: Tensor, layout: Layout) -> Tensor:
-            return y + shaped_like(change, y, layout)
+            return y + shaped_like(change, y, layout, self.adapter)
 
         return with_tensor(output, lambda y: in_part(self.part, y, layout, add))
 

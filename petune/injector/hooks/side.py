@@ -123,7 +123,7 @@ class SideStep:
         state, change = self._checked(self._called(before, x, module))
         result = None
         if change is not None:
-            result = with_tensor(output, lambda y: y + shaped_like(change, y, holder.layouts[index]))
+            result = with_tensor(output, lambda y: y + shaped_like(change, y, holder.layouts[index], holder.adapter))
         if in_backward():
             return result
         if before is not None and may_be_repeated():

@@ -40,7 +40,8 @@ class Stream(Holder):
         if not self.acts_at(module) or phase_of(module) != CALLED:
             return
         x = first_tensor(args, kwargs)
-        x.copy_(shaped_like(self.run(to_channels_last(x.clone(), self.layout)), x, self.layout))
+        y = self.run(to_channels_last(x.clone(), self.layout))
+        x.copy_(shaped_like(y, x, self.layout, self.adapter))
 
 
 def let_readers_keep_copies(module: nn.Module) -> None:
