@@ -204,7 +204,10 @@ def _adaptformer(att: petune.Attachment, widths: list[int]) -> int:
 
 def _vpt(att: petune.Attachment, widths: list[int]) -> int:
     config = att.tuner.config
-    return sum(widths) * (config.num_prompts or 10) if config.deep else widths[0] * (config.num_prompts or 50)
+    if config.deep:
+        return sum(widths) * (config.num_prompts or 10)
+    firsts = {tower.blocks[0].index for tower in att.sites.towers}
+    return sum(widths[i] for i in firsts) * (config.num_prompts or 50)
 
 
 def _full(att: petune.Attachment, widths: list[int]) -> int:

@@ -107,12 +107,26 @@ def _fold_adapters(log: EditLog, method: str) -> None:
             reason = "its adapter has no method merge(module)"
         if reason is None and (sites[-1].part is not None or isinstance(sites[-1].exit, Projection)):
             reason = "it changes a part of what a layer returns"
+        if reason is None and not _multiplies_by_weight(sites[-1].exit):
+            reason = f"{type(sites[-1].exit).__name__} multiplies by something else than its weight, such as 1 + weight"
         if reason:
             raise NotMergeable(f"{method} cannot be merged into the weights of {sites[-1].where}: {reason}")
     for merge in log.merges:
         merge()
     for holder, sites in _fold_order(log.placed, method):
         holder.adapter.merge(sites[-1].exit)  # type: ignore[operator]
+
+
+def _multiplies_by_weight(module: nn.Module) -> bool:
+    """Return whether a layer norm is g · x̂ + b with its weight as g; True for other modules."""
+    if not isinstance(module, nn.LayerNorm) or not module.elementwise_affine:
+        return True
+    x = torch.linspace(-1, 1, module.normalized_shape[-1]).to(module.weight).expand(1, *module.normalized_shape)
+    try:
+        y = module.forward(x)
+    except RuntimeError:  # it takes maps only, as LayerNorm2d
+        return True
+    return torch.allclose(y, nn.LayerNorm.forward(module, x), rtol=0.05, atol=0.05)
 
 
 def _fold_order(placed: list[Placed], method: str) -> list[Placed]:

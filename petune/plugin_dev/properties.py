@@ -80,7 +80,7 @@ def _masked_entries(t: Trial) -> str:
 
 
 def _effect_in_eval_mode(t: Trial) -> str:
-    return "" if t.training.has_effect else "other values of the tuned tensors give the same logits"
+    return "" if t.training.has_effect else "other values of the tuned tensors give the same output"
 
 
 def _deep_copy(t: Trial) -> str:

@@ -162,14 +162,24 @@ def _in_float64_if_it_differs(t: Trial, change: Any) -> float:
 def _change_in_batch(model: nn.Module, x: Inputs, spec: InputSpec) -> float:
     """Return how much logits of single images differ from those in a batch."""
     alone = torch.cat([logits(model, spec.select(x, [i])) for i in range(NUM_IMAGES)])
-    return _relative(alone, logits(model, x))
+    return _relative(alone, _own_logits(model, x, spec, [*range(NUM_IMAGES)]))
 
 
 def _change_in_large_batch(model: nn.Module, x: Inputs, spec: InputSpec) -> float:
     """Return how much logits in a batch of copies of the images differ."""
-    together = logits(model, x)
-    many = logits(model, spec.select(x, [*range(NUM_IMAGES)] * MANY))
+    few = [*range(NUM_IMAGES)]
+    together = _own_logits(model, x, spec, few)
+    many = _own_logits(model, x, spec, few * MANY)
     return _relative(many, together.repeat(MANY, *[1] * (together.ndim - 1)))
+
+
+def _own_logits(model: nn.Module, x: Inputs, spec: InputSpec, samples: list[int]) -> Tensor:
+    """Return the logits of some samples; of a model that compares each image with each text, those of its own text."""
+    y = logits(model, spec.select(x, samples))
+    is_square = y.shape == (len(samples), len(samples))
+    if is_square and logits(model, spec.select(x, samples[:1])).shape == (1, 1):
+        return y.diagonal()[:, None]
+    return y
 
 
 def _change_in_train_mode(model: nn.Module, x: Inputs, spec: InputSpec) -> float:

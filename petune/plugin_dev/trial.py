@@ -43,7 +43,7 @@ class Training:
         changed_flags: A mode or requires_grad of the backbone that training changed; empty if none did.
         terms: What the tuner's `loss` returned in each step, but None.
         logits: The logits in eval mode, with tuned tensors as far from their start as after a long training.
-        has_effect: True if the logits depend on the tuned tensors.
+        has_effect: True if what the model returns depends on the tuned tensors.
     """
 
     silent: list[str]
@@ -115,7 +115,7 @@ class Trial:
             silent = _silent_after_three_steps(self, modes)
         changed_flags = next((what for what, on in self.flags().items() if what in modes and modes[what] != on), "")
         self.model.eval()
-        logits_after = logits(self.model, self.x)
+        outputs_after = self._outputs()
         perturbed = self._perturb()
         masks = {id(p): mask for e in self.att.edit_log.sparse for p, mask in zip(e.targets, e.masks(), strict=True)}
         different = {key: frozen[key] != value for key, value in before.items() if not torch.equal(frozen[key], value)}
@@ -127,7 +127,8 @@ class Trial:
                 torch.manual_seed(seed)
                 again = Trial(self.att.tuner, self.base, self.att.name, **self.options)
                 silent = sorted({*silent} & {*_silent_after_three_steps(again)})
-        has_effect = not self.att.tuned or not torch.equal(perturbed, logits_after)
+        pairs = zip(self._outputs(), outputs_after, strict=True)
+        has_effect = not self.att.tuned or any(not torch.equal(x, y) for x, y in pairs)
         self._training = Training(silent, changed, outside, changed_flags, terms, perturbed, has_effect)
         return self._training
 
@@ -137,6 +138,11 @@ class Trial:
         modes = {f"the mode of {k}": modules[k].training for k, _ in self.base.named_modules() if k in modules}
         frozen = {k: parameters[k].requires_grad for k, _ in self.base.named_parameters() if k in parameters}
         return {**modes, **{f"requires_grad of {k}": on for k, on in frozen.items()}}
+
+    @torch.no_grad()
+    def _outputs(self) -> list[Tensor]:
+        """Return all tensors that the model returns for the images, such as one map for each stage."""
+        return [*tensors_returned(self.x.call(self.model))]
 
     @torch.no_grad()
     def _perturb(self) -> Tensor:

@@ -31,8 +31,9 @@ def test_a_norm_that_adds_to_its_weight_is_not_merged():
     x = torch.randn(2, 3, 32, 32)
     attachment = petune.attach(model, "ssf", init_std=0.5)
     before = model(x)
-    with pytest.raises(petune.NotMergeable):
+    with pytest.raises(petune.NotMergeable) as caught:
         attachment.merge()
+    assert not caught.value.changes_output  # nothing was folded
     assert torch.equal(model(x), before)
 
 
