@@ -217,12 +217,13 @@ class Placer:
         """Let an adapter's keys and values be attended to; see `Edit.keys_values`.
 
         Raises:
-            AttachError: The attention is no module of its own, or has such an adapter.
+            AttachError: The attention has such an adapter.
         """
         site = attention.site
-        if not site.is_module or any(h.enabled for h in self._keys_holders(site.enter)):
-            reason = "has keys and values of another adapter" if site.is_module else "is several modules"
-            raise AttachError(f"keys_values needs an attention that is one module of its own: {site.where} {reason}")
+        if any(h.enabled for h in self._keys_holders(site.enter)):
+            raise AttachError(
+                f"keys_values: {site.where} has keys and values of another adapter. Disable or detach that one first"
+            )
         holder = KeysValues(adapter, site.enter, site.layout, (attention.head_dim, attention.v_head_dim))
         self.add(holder, site, site)
         self.log.enable_checks.append(lambda: self._refuse_other_keys(holder))

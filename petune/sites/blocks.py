@@ -7,22 +7,22 @@ from dataclasses import replace
 
 from torch import nn
 
+from petune.sites.attention_span import attention_branch, projection_of
 from petune.sites.attentions import Pair, TracedAttention, find_attentions
 from petune.sites.block_end import is_reshaped
+from petune.sites.branch_norms import norm_of
 from petune.sites.branches import with_branches
 from petune.sites.containers import child_towards, contains_block, is_module
 from petune.sites.encoder import attends_to_others
 from petune.sites.layouts import is_conv, layout_of, make_site, width_after, width_of
 from petune.sites.listed_layers import find_listed_layers, is_transformer
-from petune.sites.norms import has_channels_second, is_norm, norm_of
+from petune.sites.norms import has_channels_second, is_norm
 from petune.sites.own_modules import with_own_modules
 from petune.sites.parts import (
-    attention_branch,
     late_mid,
     mid_of,
     normalizes_sum,
     parallel_mid,
-    projection_of,
     reaches_output,
     span_exit,
     sums_of,
@@ -247,18 +247,18 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
     scope, attention, mlp = pair.scope, pair.attention, pair.mlp
     branch = attention_branch(trace, attention.call, scope)
     before_mlp = [c for c in calls if c.start < mlp.first.start]
-    norm1 = None if branch is None else norm_of(trace, branch, before_mlp, scope)
-    is_post_norm = norm1 is not None and branch is not None and norm1.start > branch.start and not norm1.within(branch)
+    projection = None if branch is None else projection_of(trace, branch, scope)
+    norm1 = None if branch is None or projection is None else norm_of(trace, branch, projection, before_mlp, scope)
+    is_post_norm = norm1 is not None and projection is not None and norm1.start > projection.stop
     of_mlp = calls if bare.is_module or is_post_norm else before_mlp
     of_mlp = [c for c in of_mlp if branch is None or not c.within(branch)]
-    norm2 = norm_of(trace, mlp.first, of_mlp, scope, norm1)
+    norm2 = norm_of(trace, mlp.first, mlp.last, of_mlp, scope, norm1)
     end = attention.end if inner is scope else inner.stop
     mid = (
         mid_of(trace, mlp, end, scope.stop)
         or parallel_mid(trace, scope, mlp)
         or late_mid(trace, scope, mlp, norm2, end)
     )
-    projection = None if branch is None else projection_of(branch, scope)
     dim = attention.dim if projection is None else width_after(projection)
     model, layout = bare.model, layout_of(scope, dim)
     ends = {
@@ -280,7 +280,7 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
         bare,
         parts=parts,
         num_windows=_num_windows(branch, scope),
-        norm_first=norm1 is None or branch is None or norm1.start < branch.start,
+        norm_first=not is_post_norm,
         normalizes_sum=bare.is_module and mid is not None and normalizes_sum(trace, mid, mlp, scope),
         bias_modules=_bias_modules(branch, scope),
         extra_inputs=inner.parent.extra_inputs if inner.parent is scope else scope.extra_inputs,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from petune.sites.attention_span import attention_branch, projection_of
 from petune.sites.attentions import TracedAttention
+from petune.sites.branch_norms import norm_of
 from petune.sites.layouts import layout_of, make_site, width_after
-from petune.sites.norms import has_channels_second, norm_of
+from petune.sites.norms import has_channels_second
 from petune.sites.parts import (
     Mlp,
-    attention_branch,
     mlp_of_matrices,
     norms_before,
     num_matrices,
-    projection_of,
     sums_of,
     unwrap,
 )
@@ -38,7 +38,7 @@ def with_branches(trace: Trace, block: Block, attentions: Sequence[TracedAttenti
     is_usual = len(attns) < 2 and len(mlps) < 2
     if is_usual or not mlps or (known is not None and all(known.enter is not mlp.first.module for mlp in mlps)):
         return block
-    branches = [("attn", attn, projection_of(attn, call)) for attn in attns]
+    branches = [("attn", attn, projection_of(trace, attn, call)) for attn in attns]
     branches += [("mlp", mlp.first, mlp.last) for mlp in mlps]
     branches.sort(key=lambda branch: branch[1].start)
     norms = _norms_of(trace, call, branches)
@@ -65,6 +65,9 @@ def described(block: Block, branches: Sequence[Branch], norms: Sequence[Call | N
         block,
         parts=parts,
         branches=tuple(own.get(id(site.enter), site) for site in sites),
+        norm_first=all(
+            norm is None or norm.start < last.stop for (_, _, last), norm in zip(branches, norms, strict=True)
+        ),
         norms=tuple(own.get(id(norm.enter), norm) for norm in of_norms if norm is not None),
     )
 
@@ -108,9 +111,9 @@ def _norms_of(trace: Trace, block: Call, branches: Sequence[Branch]) -> list[Cal
     norms: list[Call | None] = []
     bounds = [block.start, *(last.stop for _, _, last in branches)]
     starts = [*(first.start for _, first, _ in branches), block.stop]
-    for index, (_, first, _) in enumerate(branches):
-        calls = [c for c in block.inner() if bounds[index] < c.start < starts[index + 1] and not c.within(first)]
+    for index, (_, first, last) in enumerate(branches):
+        calls = [c for c in block.inner() if bounds[index] < c.start < starts[index + 1]]
         before = next((norm for norm in reversed(norms) if norm is not None), None)
-        norm = norm_of(trace, first, calls, block, before)
+        norm = norm_of(trace, first, last, calls, block, before)
         norms.append(None if norm in norms else norm)
     return norms

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from petune.sites.attention_span import attention_branch, projection_of
 from petune.sites.attentions import Pair, TracedAttention
+from petune.sites.branch_norms import norm_of
 from petune.sites.branches import described
 from petune.sites.containers import child_towards
 from petune.sites.layouts import layout_of, make_site
-from petune.sites.norms import norm_of
-from petune.sites.parts import attention_branch, mid_of, num_matrices, projection_of, span_exit
+from petune.sites.parts import mid_of, num_matrices, span_exit
 from petune.sites.site import Block, is_within
 from petune.sites.trace import Call, Trace
 
@@ -69,7 +70,7 @@ def _block_of(trace: Trace, pair: Pair, attentions: Sequence[TracedAttention]) -
     site = make_site("block", first, further[-1] if further else last, dim, model)
     of_mid = make_site("mid", mid, mid, dim, model, layout_of(mid, dim), read_only=True)
     bare = Block(**vars(site), index=0, extra_inputs=first.extra_inputs, parts={} if further else {"mid": of_mid})
-    branches = [*(("attn", attn, projection_of(attn, scope)) for attn in attns), ("mlp", mlp.first, mlp.last)]
+    branches = [*(("attn", attn, projection_of(trace, attn, scope)) for attn in attns), ("mlp", mlp.first, mlp.last)]
     branches += [("mlp", call, call) for call in further]
     return described(bare, branches, _norms(trace, scope, first, branches))
 
@@ -89,7 +90,7 @@ def _norms(trace: Trace, scope: Call, first: Call, branches: Sequence[tuple[str,
     for _, enter, leave in branches:
         calls = [c for c in scope.inner() if start <= c.start < enter.start]
         other = next((norm for norm in reversed(norms) if norm is not None), None)
-        norm = norm_of(trace, enter, calls, scope, other)
+        norm = norm_of(trace, enter, leave, calls, scope, other)
         norms.append(None if norm in norms else norm)
         start = leave.stop
     return norms

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from petune.sites.block_end import is_changed
-from petune.sites.layouts import is_conv, is_pointwise, width_after, width_of
+from petune.sites.layouts import is_conv, is_pointwise, width_of
 from petune.sites.norms import is_norm, norm_inside
 from petune.sites.trace import Addition, Call, Trace, own_weights
 
@@ -168,40 +168,6 @@ def _adds_its_input(trace: Trace, call: Call) -> bool:
     )
 
 
-def attention_branch(trace: Trace, attention: Call, scope: Call) -> Call | None:
-    """Return the widest call in `scope` around an attention, without its norm and the residual addition."""
-    if attention is scope:
-        return None
-    branch = attention
-    for call in attention.ancestors():
-        if call is scope or not call.keeps_shape or is_residual(trace, call):
-            break
-        if norm_inside(trace, call) is not None and not _sums_others(trace, call, branch):
-            break
-        branch = call
-    return branch
-
-
-def projection_of(branch: Call, scope: Call) -> Call:
-    """Return the module after an attention that maps its heads back to the width of the stream (Perceiver's).
-
-    That is the attention itself if it does so inside.
-    """
-    if branch.parent is None or not scope.maps_tokens:
-        return branch
-    widths = (width_of(scope), width_after(scope))
-    if width_after(branch) in widths:
-        return branch
-    after = (c for c in branch.parent.children if c.input is branch.output and c.maps_tokens)
-    return next((c for c in after if width_after(c) in widths), branch)
-
-
-def _sums_others(trace: Trace, call: Call, branch: Call) -> bool:
-    """Return whether a call holds another attention that reads the same tokens as `branch`."""
-    others = (op.call for op in trace.attention_ops if op.call.within(call) and not op.call.within(branch))
-    return any(c.input is branch.input for other in others for c in (other, *other.ancestors()) if c is not call)
-
-
 def mid_of(trace: Trace, mlp: Mlp, attention_end: int, block_end: float = math.inf) -> Call | None:
     """Return the call that `mid` enters: the norm before the MLP, or the MLP itself (see the figure above).
 
@@ -233,19 +199,21 @@ def _used_before(trace: Trace, tensor: Tensor, time: int) -> bool:
     return any(tensor is x for c in trace.calls if c.start < time for x in c.inputs)
 
 
-def _scaled(trace: Trace, stream: Tensor) -> list[Tensor]:
-    """Return the stream after it was only scaled or cast on its way to the addition, by modules or operations."""
+def scaled(trace: Trace, stream: Tensor) -> list[Tensor]:
+    """Return a tensor after it was only scaled or cast on its way to the addition, by modules or operations."""
     forms = [stream]
     for form in forms:
         scales = [c for c in trace.calls if c.input is form and c.is_leaf and not c.has_matrix and not is_norm(c)]
-        forms += [c.output for c in scales if c.output is not None and c.keeps_shape and c.output is not form]
-        forms += [product for factor, product in trace.scalings if factor is form]
+        found = [c.output for c in scales if c.output is not None and c.keeps_shape]
+        found += [product for factor, product in trace.scalings if factor is form]
+        known = {id(x) for x in forms}  # what is scaled in place is its own product
+        forms += {id(x): x for x in found if id(x) not in known}.values()
     return forms[1:]
 
 
 def addition_to(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Addition | None:
     """Return what first adds to the stream, or to the stream after scaling, between two times."""
-    forms = [stream, *_scaled(trace, stream)]
+    forms = [stream, *scaled(trace, stream)]
     additions = (add for form in forms for add in _additions(trace, form, after, before))
     return next(additions, None)
 
@@ -325,7 +293,7 @@ def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     norm, stream = _last_norm(trace, block), mid.input
     if stream is None:
         return False
-    forms = [stream, *_scaled(trace, stream)]
+    forms = [stream, *scaled(trace, stream)]
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
     sums = [add for add in later if any(add.other(form) is not None for form in forms)]
     if norm is None:
@@ -360,7 +328,7 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
     addition = None if stream is None else addition_to(trace, stream, mlp.last.stop)
     if stream is None or addition is None:
         return None
-    forms = [stream, *_scaled(trace, stream)]
+    forms = [stream, *scaled(trace, stream)]
     addends = [x for x in addition.operands if not any(x is form for form in forms)]
     makers = [c for c in trace.calls if any(c.output is x for x in addends)]
     once = [c for c in makers if sum(c.module is other.module for other in trace.calls) == 1]

@@ -104,7 +104,8 @@ class Block(Site):
             are no sites of this block.
         extra_inputs: Names of further tensors that the block is called with (rotary tables, masks).
         num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
-        norm_first: True if norm1 comes before the attention.
+        norm_first: True if no norm comes after its attention or MLP (pre-norm); a norm at the entrance of an attention
+            is before it, too.
         normalizes_sum: True if the block ends with a norm of the sum of the stream and the MLP's output (post-norm), or
             with another function of it, such as an activation.
         bias_modules: Modules inside that return a number for each pair of tokens (relative positions).

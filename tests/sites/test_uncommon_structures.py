@@ -174,9 +174,10 @@ def test_an_attention_ends_where_its_heads_are_mapped_to_the_width_of_the_stream
         num_self_attention_heads=4, num_cross_attention_heads=1,
     )  # fmt: skip
     sites = petune.find_sites(transformers.PerceiverForImageClassificationLearned(config).eval())
-    attention = sites.blocks[0].attn
-    assert (attention.path, attention.dim) == ("perceiver.encoder.cross_attention.attention.self", 32)
-    assert attention.exit_path == "perceiver.encoder.cross_attention.attention.output"
+    for block in sites.blocks:  # also of blocks whose heads are as wide as the stream
+        assert (block.attn.path, block.attn.dim) == (f"{block.path}.attention.self", 32)
+        assert block.attn.exit_path == f"{block.path}.attention.output"
+        assert block.norm_first
 
 
 def test_norms_of_linear_layers_and_of_the_next_block_are_not_those_of_a_block() -> None:
