@@ -14,7 +14,7 @@ from petune.sites.layers_before_head import find_layers_before_head
 from petune.sites.named_heads import NamedModules
 from petune.sites.new_weights import new_weights, placed_in_blocks
 from petune.sites.predictors import further_predictors, twin_predictors
-from petune.sites.site import Block, Site, modules_in
+from petune.sites.site import Block, Site, modules_in, modules_of
 from petune.sites.trace import Trace
 
 
@@ -41,7 +41,7 @@ def find_heads(model: nn.Module, trace: Trace, blocks: Sequence[Block], choice: 
     head = predicting_modules(model, trace, blocks) if choice is None else head_at(model, choice)
     before = find_layers_before_head(model, trace, outside_of(head, blocks), head)
     if choice is None and head is not None and before and not predicts_classes(trace):
-        head = _with(head, further_predictors(model, trace, head.modules, before))
+        head = _with(head, further_predictors(model, trace, head.modules, before, modules_of(blocks)))
     if choice is None and head is not None and predicts_classes(trace):
         head = _with(head, twin_predictors(trace, head.modules, end_of(trace, blocks)))
     new = _new_modules(model, blocks) if choice is None and head is not None else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from petune.sites.trace import Call, Trace
 
 
 def further_predictors(
-    model: nn.Module, trace: Trace, heads: Sequence[nn.Module], others: Iterable[str]
+    model: nn.Module, trace: Trace, heads: Sequence[nn.Module], others: Iterable[str], in_blocks: Set[nn.Module]
 ) -> NamedModules:
     """Return those of the layers between backbone and heads that predict, too.
 
@@ -25,9 +25,11 @@ def further_predictors(
         trace: Its forward.
         heads: The heads that are known.
         others: Paths of the layers between backbone and heads.
+        in_blocks: The modules of blocks, in which nothing predicts, even if it is built as a head is by chance.
     """
     layers = [(path, model.get_submodule(path)) for path in others]
-    inside = [(f"{path}.{name}".rstrip("."), m) for path, layer in layers for name, m in layer.named_modules()]
+    every = ((f"{path}.{name}".rstrip("."), m) for path, layer in layers for name, m in layer.named_modules())
+    inside = [(path, m) for path, m in every if m not in in_blocks]
     returning = {id(c.module) for c in _returned_for_tokens(trace)}
     found = outermost([(path, m) for path, m in inside if id(m) in returning])
     built = [_build_of(head) for head in _single(heads) if _changes_width(head)]
@@ -60,14 +62,18 @@ def is_read(trace: Trace, call: Call) -> bool:
 
 
 def _returned_for_tokens(trace: Trace) -> Iterator[Call]:
-    """Yield the calls that map tokens to another width, with nothing after them but an addition."""
+    """Yield the calls that map tokens to another width, with nothing after them but an addition.
+
+    What maps numbers of words to tokens is a tower, such as that of the text in OWL-ViT.
+    """
     returned = {id(y) for y in trace.outputs}
     returned |= {id(x) for add in trace.additions if id(add.result) in returned for x in add.operands}
     for call in trace.calls:
         y = call.output
         if y is None or id(y) not in returned or y.ndim != 3 or not has_matrix(call.module) or call.parent is None:
             continue
-        if y.shape[-1] != call.width and not is_read(trace, call):
+        of_tokens = call.maps_tokens and call.input is not None and call.input.is_floating_point()
+        if of_tokens and y.shape[-1] != call.width and not is_read(trace, call):
             yield call
 
 
