@@ -92,7 +92,8 @@ class RepAdapter(petune.Tuner[RepAdapterConfig]):
     There is no activation, so W x' + b is a linear layer again: the adapter merges into the layers that read x, and
     merged it costs nothing at inference.
 
-    Trains: two adapters per block. Identity at the start: U and both biases are zero.
+    Trains: two adapters per block; three in a decoder's, which has two attentions. Identity at the start: U and both
+    biases are zero.
     Parameters: 2·(D·M + M + D·M/G + D) per block. ViT-B/16, M = 8, G = 2: 239,808.
 
     Differs from the paper: the down-projection is a Linear instead of a 1×1 convolution, which is the same map.
@@ -113,6 +114,7 @@ class RepAdapter(petune.Tuner[RepAdapterConfig]):
                 edit.before(site, LinearAdapter(site.dim, self.config, input_layers))
 
     def num_parameters(self, sites: petune.Sites) -> int:
-        """Return 2·(D·M + M + D·M/G + D) per block."""
+        """Return D·M + M + D·M/G + D per attention and MLP."""
         m, g = self.config.bottleneck, self.config.groups
-        return sum(2 * (b.dim * m + m + b.dim * m // g + b.dim) for b in sites.blocks)
+        widths = (site.dim for block in sites.blocks for site in block.branches)
+        return sum(d * m + m + d * m // g + d for d in widths)

@@ -151,3 +151,11 @@ def test_a_tensor_that_a_model_scales_in_place_does_not_stop_the_search() -> Non
 
     sites = petune.find_sites(models.Vit(Masked).eval())
     assert all(block.parts.keys() == {"attn", "mlp", "norm1", "norm2", "mid"} for block in sites.blocks)
+
+
+@pytest.mark.parametrize("method", ["houlsby", "repadapter"])
+def test_the_counted_adapters_are_those_of_all_branches(method: str) -> None:
+    model, example = bert()
+    att = petune.attach(model, method, example=example, train_head=False)
+    assert att.counts.tuned == att.tuner.num_parameters(att.sites)
+    assert len({name.rpartition(".petune_")[0] for name in att.tuned}) == 2 * 3
