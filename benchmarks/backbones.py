@@ -3,6 +3,7 @@
     python benchmarks/backbones.py                  # survey all; writes results/backbones.json and docs/backbones.md
     python benchmarks/backbones.py --jobs 2         # the same, in two processes of one thread each
     python benchmarks/backbones.py --resume         # leave out the families that this commit has surveyed already
+    python benchmarks/backbones.py --missing        # try only the methods that a row lacks
     python benchmarks/backbones.py --only beit      # some families; the other rows stay as they are
     python benchmarks/backbones.py --coverage       # sort all models of transformers; writes results/transformers.json
     python benchmarks/backbones.py --all            # find the sites of every timm variant, on the meta device; writes
@@ -19,7 +20,7 @@ import json
 import multiprocessing
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def main() -> None:
         metavar="COMMIT",
         help="leave out the rows that were made with this commit (by default the current one) or a later one",
     )
+    parser.add_argument("--missing", action="store_true", help="try only the methods that a row lacks")
     parser.add_argument("--all", action="store_true", help="walk every timm variant instead")
     parser.add_argument("--coverage", action="store_true", help="sort all models of transformers that take pixels")
     parser.add_argument("--page", action="store_true", help="write the page again from the results")
@@ -75,20 +77,25 @@ def main() -> None:
             families = without_rows_since(families, args.resume)
         commit = git("log", "-1", "--format=%H", "--", ":/petune")
         states: list[str] = []
-        for number, (family, row) in enumerate(survey_all(families, args.methods, args.jobs), 1):
-            if tuple(args.methods) == METHODS:  # row by row: an interrupted survey is not lost
+        methods = {family: tuple(args.methods) for family in families}
+        if args.missing:
+            methods = {family: missing for family in families if (missing := missing_of(family, args.methods))}
+        for number, (family, row) in enumerate(survey_all(methods, args.jobs), 1):
+            if methods[family] == METHODS:  # row by row: an interrupted survey is not lost
                 write({family: {**row, "commit": commit}})
+            elif args.missing:
+                write({family: with_methods(known_rows().get(family, {"methods": {}}), row)})
             states += [pair["state"] for pair in row["methods"].values()]
-            print(f"{number} of {len(families)}: {family}, {row['seconds']} s", flush=True)
+            print(f"{number} of {len(methods)}: {family}, {row['seconds']} s", flush=True)
         print(", ".join(f"{states.count(state)} {state}" for state in ("ok", "refused", "wrong")))
 
 
-def survey_all(families: list[str], methods: Iterable[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def survey_all(methods: Mapping[str, Iterable[str]], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield families with their rows as they become ready, the slowest of the last survey first."""
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    families = sorted(families, key=lambda family: -known.get(family, {}).get("seconds", 0))
+    known = known_rows()
+    families = sorted(methods, key=lambda family: -known.get(family, {}).get("seconds", 0))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        rows = {pool.submit(survey, family, methods): family for family in families}
+        rows = {pool.submit(survey, family, methods[family]): family for family in families}
         for future in as_completed(rows):
             error = future.exception()
             if error is None:
@@ -101,8 +108,28 @@ def without_rows_since(families: list[str], commit: str) -> list[str]:
     """Return the families without a row that was made with a commit, or a later one, of petune."""
     since = git("log", "-1", "--format=%H", commit, "--", ":/petune")
     later = {since, *git("log", "--format=%H", f"{since}..HEAD", "--", ":/petune").split()}
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = known_rows()
     return [family for family in families if known.get(family, {}).get("commit") not in later]
+
+
+def missing_of(family: str, methods: Iterable[str]) -> tuple[str, ...]:
+    """Return the methods that the row of a family lacks."""
+    tried = known_rows().get(family, {}).get("methods", {})
+    return tuple(method for method in methods if method not in tried)
+
+
+def with_methods(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the outcomes of more methods; it has no commit, because it was made with several."""
+    both = {**row["methods"], **more["methods"]}
+    merged = {**row, **more, "methods": {method: both[method] for method in METHODS if method in both}}
+    merged["seconds"] = row.get("seconds", 0) + more["seconds"]
+    merged.pop("commit", None)
+    return merged
+
+
+def known_rows() -> dict[str, Any]:
+    """Return the rows that there are."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def git(*arguments: str) -> str:
@@ -113,7 +140,7 @@ def git(*arguments: str) -> str:
 
 def write(results: dict[str, object]) -> None:
     """Write results and page; the rows of families that were not surveyed this time stay as they are."""
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = known_rows()
     merged = {family: {**known, **results}[family] for family in FAMILIES if family in {**known, **results}}
     RESULTS.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
     PAGE.write_text(page(merged, FAMILIES, json.loads(VARIANTS.read_text()), json.loads(COVERAGE.read_text())))
