@@ -12,6 +12,7 @@ from petune.sites.layouts import layout_of, make_site, width_after
 from petune.sites.norms import has_channels_second
 from petune.sites.parts import (
     Mlp,
+    joins,
     mlp_of_matrices,
     norms_before,
     num_matrices,
@@ -83,7 +84,8 @@ def _mlps_of(trace: Trace, block: Call, attns: Sequence[Call], inside: Sequence[
     whole = [c for c in calls if c.keeps_shape and num_matrices(c) >= 2]
     outermost = [c for c in whole if not any(c is not other and c.within(other) for other in whole)]
     found = [unwrap(trace, c, width_after(c)) for c in outermost]
-    found += _mlps_of_bare_matrices([c for c in calls if not any(c.within(other) for other in outermost)])
+    bare = _mlps_of_bare_matrices([c for c in calls if not any(c.within(other) for other in outermost)])
+    found += [mlp for mlp in bare if not joins(trace, mlp, [*attns, *outermost])]  # two gates are no MLP
     mlps = {id(mlp.first): mlp for mlp in found if mlp.is_tokenwise and _adds(trace, mlp, block)}
     paired = (a.pair.mlp for a in inside if a.pair is not None)
     mlps |= {id(mlp.first): mlp for mlp in paired if mlp.first.within(block) and mlp.last.within(block)}

@@ -9,6 +9,7 @@ Tensors are compared by identity: `mid` is the one that enters norm2 and to whic
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -78,7 +79,8 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
         return _choose(trace, [unwrap(trace, c, dim) for c in sorted(outermost, key=_num_weights, reverse=True)], after)
     matrices = [c for c in calls if c.has_matrix and c.input is not None and c.holds_tokens(c.input)]
     mlp = mlp_of_matrices(matrices, dim)
-    if attention is None and mlp is not None and _joins_earlier(trace, scope, mlp, after):
+    earlier = [c for c in scope.inner() if c.has_matrix and c.start < after]
+    if attention is None and mlp is not None and joins(trace, mlp, earlier):
         return None  # a gate on the attention's output, and its projection
     return mlp or (None if attention is None else _widening_mlp(scope, calls, before, dim))
 
@@ -113,10 +115,9 @@ def _widening_mlp(scope: Call, calls: list[Call], before: float, dim: int) -> Ml
     return Mlp(whole[0], whole[0], int(y.shape[-1])) if whole else None
 
 
-def _joins_earlier(trace: Trace, scope: Call, mlp: Mlp, after: float) -> bool:
-    """Return whether the last matrix of an MLP reads layers before the MLP that its first matrix does not read."""
-    earlier = {c.start: c.start for c in scope.inner() if c.has_matrix and c.start < after}
-    sources = trace.flow.sources(earlier, [mlp.first.start, mlp.last.start])
+def joins(trace: Trace, mlp: Mlp, others: Iterable[Call]) -> bool:
+    """Return whether the last matrix of an MLP reads some other calls that its first matrix does not read."""
+    sources = trace.flow.sources({c.start: c.start for c in others}, [mlp.first.start, mlp.last.start])
     return not sources[mlp.last.start] <= sources[mlp.first.start]
 
 

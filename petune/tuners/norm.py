@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 import petune
@@ -29,7 +31,22 @@ class Norm(petune.Tuner[NormConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Unfreeze the parameters of every normalization that the forward uses."""
-        edit.train(edit.used(p for module in edit.backbone() if is_norm(module) for p in module.parameters()))
+        sites = edit.sites
+        found = [
+            *(n for block in sites.blocks for n in block.norms),
+            *(n for tower in sites.towers for n in tower.norms),
+        ]
+        known = {module for norm in found for module in norm.modules}
+        norms = [module for module in edit.backbone() if is_norm(module) or module in known]
+        edit.train(edit.used(p for module in norms for p in module.parameters()))
+        trained = {p for module in norms for p in module.parameters()}
+        bare = [b.path for b in sites.blocks if trained.isdisjoint(p for m in b.own_modules for p in m.parameters())]
+        if bare and trained:
+            warnings.warn(
+                f"norm trains nothing in {len(bare)} of {len(sites.blocks)} blocks ({bare[0]}, …): petune found no "
+                "module there that normalizes and has parameters",
+                stacklevel=2,
+            )
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Self
 
 from pydantic import Field, model_validator
+from torch import nn
 
 import petune
 
@@ -42,10 +45,22 @@ class Partial(petune.Tuner[PartialConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Unfreeze whole blocks, by position: a part of a name would take block 10 for block 1."""
-        edit.sites.require_blocks()
+        blocks = edit.sites.require_blocks()
+        first = -self.config.num_blocks if self.config.blocks == "all" else 0
+        chosen = dict.fromkeys(block for tower in edit.sites.towers for block in tower.blocks[first:])
+        for block in chosen:
+            edit.train(block)
         for tower in edit.sites.towers:
-            first = -self.config.num_blocks if self.config.blocks == "all" else 0
-            for block in tower.blocks[first:]:
-                edit.train(block)
             for norm in tower.norms:
                 edit.train(norm)
+        trained = {p for block in chosen for p in _parameters_of(block)}
+        shared = [b.path for b in blocks if b not in chosen and not trained.isdisjoint(_parameters_of(b))]
+        if shared:
+            warnings.warn(
+                f"{', '.join(shared)} shares parameters with the blocks that train, so these train there, too",
+                stacklevel=2,
+            )
+
+
+def _parameters_of(block: petune.Block) -> Iterator[nn.Parameter]:
+    return (p for module in block.own_modules for p in module.parameters())

@@ -1,0 +1,103 @@
+"""Gates are no MLPs, norms of any class train, and blocks that share modules are named."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import petune
+from tests.sites.branching_blocks import Attention, D, mlp
+
+
+class Gated(nn.Module):
+    """Each branch is multiplied by a gate that reads the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n1, self.n2, self.attn, self.mlp = nn.LayerNorm(D), nn.LayerNorm(D), Attention(), mlp()
+        self.g1, self.g2 = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.g1(x).sigmoid() * self.attn(self.n1(x))
+        return x + self.g2(x).sigmoid() * self.mlp(self.n2(x))
+
+
+class RootMeanSquare(nn.Module):
+    """A norm whose class has no telling name and no `eps`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.gain
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n1, self.n2, self.attn, self.mlp = RootMeanSquare(), RootMeanSquare(), Attention(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.n1(x))
+        return x + self.mlp(self.n2(x))
+
+
+class FunctionalNorms(Plain):
+    """The weights of the norms are parameters of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n1 = self.n2 = nn.Identity()  # type: ignore[assignment]
+        self.w1, self.w2 = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(F.layer_norm(x, (D,), self.w1))
+        return x + self.mlp(F.layer_norm(x, (D,), self.w2))
+
+
+class Vit(nn.Module):
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.patches, self.blocks = nn.Conv2d(3, D, 4, 4), nn.Sequential(block(), block())
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.blocks(self.patches(x).flatten(2).mT)).mean(1))
+        return logits
+
+
+IMAGE = torch.zeros(1, 3, 16, 16)
+
+
+def test_two_gates_are_no_mlp() -> None:
+    sites = petune.find_sites(Vit(Gated), example=IMAGE)
+    assert [(site.role, site.path) for site in sites.blocks[0].branches] == [
+        ("attn", "blocks.0.attn"),
+        ("mlp", "blocks.0.mlp"),
+    ]
+
+
+def test_norms_of_any_class_train() -> None:
+    att = petune.attach(Vit(Plain), "norm", example=IMAGE)
+    gains = {f"blocks.{i}.n{k}.gain" for i in (0, 1) for k in (1, 2)}
+    assert {*att.tuned} == gains | {"norm.weight", "norm.bias"}
+
+
+def test_blocks_without_a_norm_that_trains_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"norm trains nothing in 2 of 2 blocks \(blocks\.0, …\)"):
+        petune.attach(Vit(FunctionalNorms), "norm", example=IMAGE)
+
+
+def test_a_frozen_block_that_shares_modules_with_one_that_trains_is_named() -> None:
+    model = Vit(Plain)
+    model.blocks[1].n1 = model.blocks[0].n1
+    with pytest.warns(UserWarning, match=r"^blocks\.0 shares parameters"):
+        petune.attach(model, "partial", example=IMAGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        petune.attach(Vit(Plain), "partial", example=IMAGE)
