@@ -122,7 +122,8 @@ class AuxLosses:
             term: Tensor = call_hook(self._tuner, "aux_loss", values)
             return term
         is_off = not any(holder.enabled for holder, _ in self._log.placed)
-        if is_off or was_taken or not torch.is_grad_enabled():
+        is_step = was_taken and not by_micro_batch  # the losses of its micro-batches have been taken
+        if is_off or is_step or not torch.is_grad_enabled():
             return 0.0
         raise AttachError(
             f"{self._name} has adapters with an aux_loss, but no forward with gradients in train mode has set one "

@@ -102,6 +102,17 @@ def test_each_micro_batch_has_its_own_and_the_step_has_none_left() -> None:
     assert att.loss(0) == 0.0
 
 
+def test_a_forward_without_gradients_has_none_after_others_either() -> None:
+    """As in reentrant checkpointing, which runs the forward without gradients."""
+    att = attached()
+    att.model(X)
+    att.aux_loss()
+    with torch.no_grad():
+        att.model(X)
+    with pytest.raises(petune.AttachError, match="use_reentrant=False"):
+        att.aux_loss()
+
+
 def test_evaluation_and_a_disabled_attachment_have_none() -> None:
     att = attached()
     att.model.eval()
