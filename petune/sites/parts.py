@@ -9,7 +9,7 @@ Tensors are compared by identity: `mid` is the one that enters norm2 and to whic
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -289,7 +289,8 @@ def _joins(trace: Trace, add: Addition, y: Tensor | None, block: Call) -> int | 
 def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     """Return whether a block returns the norm of the sum of the stream and the MLP's output (post-norm).
 
-    So does one that takes a function of the sum, such as an activation: what is added to its output is not in that.
+    So does one that takes a function of the sum, such as an activation, or gives it to a further MLP: what is added to
+    its output is not in that.
     """
     norm, stream = _last_norm(trace, block), mid.input
     if stream is None:
@@ -297,6 +298,8 @@ def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     forms = [stream, *scaled(trace, stream)]
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
     sums = [add for add in later if any(add.other(form) is not None for form in forms)]
+    if _has_further_mlp(trace, sums[:1], block):
+        return True
     if norm is None:
         return block.output is not None and is_changed(trace, block.output, sums, block)
     if any(add.result is norm.input or _comes_next(trace, add, norm) for add in sums):  # DFine clamps the sum
@@ -305,6 +308,17 @@ def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     norms = [c for c in block.inner() if is_norm(c) and c.start < norm.start and c.start > mlp.last.stop]
     alone = [add for add in sums if not any(s.other(add.result) is not None for s in later)]
     return any(add.result is c.input and trace.maker(norm.input) is None for add in alone for c in norms)
+
+
+def _has_further_mlp(trace: Trace, sums: Sequence[Addition], block: Call) -> bool:
+    """Return whether an MLP in the block reads one of some sums, or its norm, and adds to it."""
+    for add in sums:
+        norms = [c.output for c in block.inner() if is_norm(c) and c.input is add.result]
+        calls = [c for c in block.inner() if c.start > add.time and num_matrices(c) >= 2 and c.keeps_shape]
+        reading = [c for c in calls if any(c.input is x for x in (add.result, *norms))]
+        if any(addition_to(trace, add.result, c.stop, block.stop) is not None for c in reading):
+            return True
+    return False
 
 
 def _last_norm(trace: Trace, block: Call) -> Call | None:

@@ -107,7 +107,7 @@ class Block(Site):
         norm_first: True if no norm comes after its attention or MLP (pre-norm); a norm at the entrance of an attention
             is before it, too.
         normalizes_sum: True if the block ends with a norm of the sum of the stream and the MLP's output (post-norm), or
-            with another function of it, such as an activation.
+            with another function of it, such as an activation, or gives it to a further MLP.
         bias_modules: Modules inside that return a number for each pair of tokens (relative positions).
         own_modules: The modules that hold its weights: the block itself, or those of a block that is no module.
     """

@@ -60,6 +60,18 @@ class FunctionalNorms(Plain):
         return x + self.mlp(F.layer_norm(x, (D,), self.w2))
 
 
+class MlpsInSeries(Plain):
+    """The second MLP reads the sum that the first one is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n3, self.second = nn.LayerNorm(D), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + self.second(self.n3(x))
+
+
 class Vit(nn.Module):
     def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
@@ -80,6 +92,24 @@ def test_two_gates_are_no_mlp() -> None:
         ("attn", "blocks.0.attn"),
         ("mlp", "blocks.0.mlp"),
     ]
+
+
+def test_an_adapter_parallel_to_the_first_of_two_mlps_enters_the_second() -> None:
+    model = Vit(MlpsInSeries).eval()
+    att = petune.attach(model, "adaptformer", example=IMAGE, dropout=0.0)
+    block = model.blocks[0]
+    seen: list[Tensor] = []
+    block.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+    adapter = att.edit_log.placed[0][0].adapter
+    nn.init.normal_(adapter.up.weight)  # type: ignore[union-attr,arg-type]
+    with torch.no_grad():
+        model(torch.randn(2, 3, 16, 16))
+        x, y = seen
+        with att.disabled():
+            x = x + block.attn(block.n1(x))
+            x = x + block.mlp(block.n2(x)) + adapter(x)
+            expected = x + block.second(block.n3(x))
+    torch.testing.assert_close(y, expected)
 
 
 def test_norms_of_any_class_train() -> None:
