@@ -133,3 +133,13 @@ def test_two_of_a_type_are_saved_apart(kind: str, tmp_path: Path) -> None:
         fresh = model()
         petune.load(fresh, tmp_path / name)
         assert torch.equal(logits(fresh), wanted), name
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_after_both_are_detached_no_attribute_is_left(last_first: bool) -> None:
+    backbone = model()
+    before = {*vars(backbone)}
+    attachments = [petune.attach(backbone, "lora", name=name, targets=[target]) for name, target in ("aq", "bv")]
+    for att in attachments[::-1] if last_first else attachments:
+        att.detach()
+    assert {*vars(backbone)} == before

@@ -186,11 +186,15 @@ class PromptCheck:
 
     def _watch(self, block: Block, counts: KeyCounts) -> list[Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            """Record the call before other hooks change it: calling the block again runs these again."""
             x = next(tensors_in((args, kwargs)))
             num_rows = len(x) if x.ndim > 2 else 1  # (tokens, width), without a batch dimension
             version = version_of(x)
             self._calls[block.enter] = BlockCall(args, kwargs, x.shape[-2], num_rows, version=version)
             started[:] = [len(counts.values), len(counts.attentions)]
+
+        def enter_last(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._calls[block.enter].num_tokens = next(tensors_in((args, kwargs))).shape[-2]
 
         def enter_attention(module: nn.Module, args: Any, kwargs: Any) -> None:
             if enters_attention_only(block, self.sites):
@@ -206,7 +210,8 @@ class PromptCheck:
         started = [0, 0]
         attention = block.parts.get("attn", block).enter
         return [
-            block.enter.register_forward_pre_hook(enter, with_kwargs=True),
+            block.enter.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+            block.enter.register_forward_pre_hook(enter_last, with_kwargs=True),
             attention.register_forward_pre_hook(enter_attention, with_kwargs=True),
             block.exit.register_forward_hook(leave),
         ]

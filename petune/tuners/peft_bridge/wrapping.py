@@ -45,7 +45,7 @@ class Snapshot:
         self.modules = set(model.modules())
         self.parameters = {id(p) for p in model.parameters()}
         self.buffers = {(module, name) for module in self.modules for name in module._buffers}
-        self.has_config = hasattr(model, "peft_config")
+        self.has_empty_config = getattr(model, "peft_config", None) == {}
         attentions = [m for m in self.modules if isinstance(m, nn.MultiheadAttention)]
         self.parameter_order = [(attention, list(attention._parameters)) for attention in attentions]
 
@@ -191,7 +191,7 @@ class WrappedLayers:
                 attention._parameters[name] = attention._parameters.pop(name)
         configs = getattr(self.model, "peft_config", {})
         configs.pop(self.name, None)
-        if not configs and not self.before.has_config and hasattr(self.model, "peft_config"):
+        if not configs and not self.before.has_empty_config and hasattr(self.model, "peft_config"):
             del self.model.peft_config
 
     def _remove_layers(self) -> None:
