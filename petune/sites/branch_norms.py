@@ -26,18 +26,25 @@ def norm_of(
         other: The norm of the branch before.
     """
     return (
-        _norm_by_identity(trace, branch, scope, other)
+        _norm_by_identity(trace, branch, last, scope, other)
         or _only_norm_inside(trace, branch)
         or _norm_by_order(trace, branch, last, calls, scope, other)
     )
 
 
-def _norm_by_identity(trace: Trace, branch: Call, scope: Call, other: Call | None) -> Call | None:
-    """Return the norm whose output is exactly what enters the branch."""
+def _norm_by_identity(trace: Trace, branch: Call, last: Call, scope: Call, other: Call | None) -> Call | None:
+    """Return the norm whose output is exactly what enters the branch, unless that is the stream (post-norm)."""
     maker = trace.maker(branch.input)
-    if maker is None or maker is other or not maker.within(scope):
+    if maker is None or maker is other or not maker.within(scope) or _makes_stream(trace, maker, last, scope):
         return None
     return maker if is_norm(maker) and not _belongs_to_layer(trace, maker) else None
+
+
+def _makes_stream(trace: Trace, norm: Call, last: Call, scope: Call) -> bool:
+    """Return whether what a branch returns is added to what a norm returns, so that the norm ends the block before."""
+    x, y = norm.output, last.output
+    addition = None if y is None else addition_to(trace, y, last.stop, scope.stop)
+    return addition is not None and x is not None and any(addition.other(z) is not None for z in (x, *scaled(trace, x)))
 
 
 def _norm_by_order(

@@ -59,7 +59,7 @@ class SSF(petune.Tuner[SSFConfig]):
 
     Left as they are, with a warning: linear layers that the model reads without calling them (`out_proj` of torch's
     `nn.MultiheadAttention`, and its fused q, k and v), convolutions, and norms other than those before attention and
-    MLP, such as norms of queries and keys, or after a branch.
+    MLP, such as norms of queries and keys, or after a branch. Left without one: norms before the first block (CLIP's).
     """
 
     recipe = petune.Recipe(lr=5e-3, weight_decay=0.0)

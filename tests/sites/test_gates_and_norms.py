@@ -1,4 +1,4 @@
-"""Gates are no MLPs, norms of any class train, and blocks that share modules are named."""
+"""Unusual blocks: gates, norms of any class or in lists after the sums, MLPs in series, shared modules."""
 
 from __future__ import annotations
 
@@ -83,6 +83,24 @@ class Vit(nn.Module):
         return logits
 
 
+class PostNormInLists(nn.Module):
+    """Normalize after each sum; attentions, MLPs and norms are in lists, so that no block is a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, D, 4, 4), nn.Linear(D, 3)
+        self.attns, self.mlps = nn.ModuleList([Attention(), Attention()]), nn.ModuleList([mlp(), mlp()])
+        self.n1, self.n2 = (nn.ModuleList([nn.LayerNorm(D), nn.LayerNorm(D)]) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        for attn, ff, n1, n2 in zip(self.attns, self.mlps, self.n1, self.n2, strict=True):
+            x = n1(x + attn(x))
+            x = n2(x + ff(x))
+        logits: Tensor = self.head(x.mean(1))
+        return logits
+
+
 IMAGE = torch.zeros(1, 3, 16, 16)
 
 
@@ -92,6 +110,14 @@ def test_two_gates_are_no_mlp() -> None:
         ("attn", "blocks.0.attn"),
         ("mlp", "blocks.0.mlp"),
     ]
+
+
+def test_a_norm_after_a_sum_belongs_to_the_block_of_that_sum() -> None:
+    blocks = petune.find_sites(PostNormInLists(), example=IMAGE).blocks
+    assert [[norm.path for norm in block.norms] for block in blocks] == [["n1.0", "n2.0"], ["n1.1", "n2.1"]]
+    assert not any(block.norm_first for block in blocks)
+    att = petune.attach(PostNormInLists(), "norm", example=IMAGE, blocks=[1])
+    assert {key.rpartition(".")[0] for key in att.tuned} == {"n1.1", "n2.1"}
 
 
 def test_an_adapter_parallel_to_the_first_of_two_mlps_enters_the_second() -> None:
