@@ -43,6 +43,8 @@ def _norm_by_identity(trace: Trace, branch: Call, last: Call, scope: Call, other
 def _makes_stream(trace: Trace, norm: Call, last: Call, scope: Call) -> bool:
     """Return whether what a branch returns is added to what a norm returns, so that the norm ends the block before."""
     x, y = norm.output, last.output
+    if norms_of_input(trace, last):
+        return False  # Keel: the branch has a norm of its own, too
     addition = None if y is None else addition_to(trace, y, last.stop, scope.stop)
     return addition is not None and x is not None and any(addition.other(z) is not None for z in (x, *scaled(trace, x)))
 

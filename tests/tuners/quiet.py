@@ -118,7 +118,7 @@ CASES: list[tuple[Any, str, str]] = [
     (broken(KeepsInObject), "no state between forwards", "last keeps a tensor"),
     (broken(CountsForwards), "no state between forwards", "count changes in a forward in eval mode"),
     (broken(LearnsOtherScale), "repeatable evaluation", "torch.no_grad()"),
-    (broken(WritesToInput), "unchanged inputs", "WritesToInput changes its input in place"),
+    (broken(WritesToInput), "unchanged inputs", "changes its input in place"),
     (broken(MixesInTraining), "independent images", "in train mode"),
     (broken(SmallBatchesOnly), "independent images", "in a batch of 16"),
     (Unfreezes(), "flags", "attach sets requires_grad of blocks.0.norm1.bias"),
