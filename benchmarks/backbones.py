@@ -79,7 +79,7 @@ def main() -> None:
         states: list[str] = []
         methods = {family: tuple(args.methods) for family in families}
         if args.missing:
-            methods = {family: missing for family in families if (missing := missing_of(family, args.methods))}
+            methods = missing_of(methods)
         for number, (family, row) in enumerate(survey_all(methods, args.jobs), 1):
             if methods[family] == METHODS:  # row by row: an interrupted survey is not lost
                 write({family: {**row, "commit": commit}})
@@ -112,10 +112,12 @@ def without_rows_since(families: list[str], commit: str) -> list[str]:
     return [family for family in families if known.get(family, {}).get("commit") not in later]
 
 
-def missing_of(family: str, methods: Iterable[str]) -> tuple[str, ...]:
-    """Return the methods that the row of a family lacks."""
-    tried = known_rows().get(family, {}).get("methods", {})
-    return tuple(method for method in methods if method not in tried)
+def missing_of(methods: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    """Return, of the methods of each family, those that its row lacks; families that lack none are left out."""
+    known = known_rows()
+    tried = {family: known.get(family, {}).get("methods", {}) for family in methods}
+    lacking = {family: tuple(m for m in wanted if m not in tried[family]) for family, wanted in methods.items()}
+    return {family: several for family, several in lacking.items() if several}
 
 
 def with_methods(row: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

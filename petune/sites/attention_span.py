@@ -84,13 +84,9 @@ def _sum_with_input(trace: Trace, call: Call) -> Tensor | None:
 def _last_addend(trace: Trace, call: Call, total: Tensor) -> Call | None:
     """Return the last layer with a matrix in a call of which what it returns is added in a sum, perhaps scaled."""
     operands = {id(x) for add in trace.additions if add.result is total for x in add.operands}
-    layers = [c for c in call.inner() if c.has_matrix and c.output is not None]
-    made = [
-        c
-        for c in layers
-        if c.output is not None and any(id(y) in operands for y in (c.output, *scaled(trace, c.output)))
-    ]
-    return made[-1] if made else None
+    made = ((c, c.output) for c in call.inner() if c.has_matrix and c.output is not None)
+    added = [c for c, y in made if any(id(form) in operands for form in (y, *scaled(trace, y)))]
+    return added[-1] if added else None
 
 
 def _sums_others(trace: Trace, call: Call, branch: Call) -> bool:

@@ -9,7 +9,7 @@ Tensors are compared by identity: `mid` is the one that enters norm2 and to whic
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -79,7 +79,7 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
         return _choose(trace, [unwrap(trace, c, dim) for c in sorted(outermost, key=_num_weights, reverse=True)], after)
     matrices = [c for c in calls if c.has_matrix and c.input is not None and c.holds_tokens(c.input)]
     mlp = mlp_of_matrices(matrices, dim)
-    earlier = [c for c in scope.inner() if c.has_matrix and c.start < after]
+    earlier = (c for c in scope.inner() if c.has_matrix and c.start < after)
     if attention is None and mlp is not None and joins(trace, mlp, earlier):
         return None  # a gate on the attention's output, and its projection
     return mlp or (None if attention is None else _widening_mlp(scope, calls, before, dim))
@@ -298,7 +298,7 @@ def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     forms = [stream, *scaled(trace, stream)]
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
     sums = [add for add in later if any(add.other(form) is not None for form in forms)]
-    if _has_further_mlp(trace, sums[:1], block):
+    if sums and _is_read_by_mlp(trace, sums[0], block):
         return True
     if norm is None:
         return block.output is not None and is_changed(trace, block.output, sums, block)
@@ -310,15 +310,12 @@ def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     return any(add.result is c.input and trace.maker(norm.input) is None for add in alone for c in norms)
 
 
-def _has_further_mlp(trace: Trace, sums: Sequence[Addition], block: Call) -> bool:
-    """Return whether an MLP in the block reads one of some sums, or its norm, and adds to it."""
-    for add in sums:
-        norms = [c.output for c in block.inner() if is_norm(c) and c.input is add.result]
-        calls = [c for c in block.inner() if c.start > add.time and num_matrices(c) >= 2 and c.keeps_shape]
-        reading = [c for c in calls if any(c.input is x for x in (add.result, *norms))]
-        if any(addition_to(trace, add.result, c.stop, block.stop) is not None for c in reading):
-            return True
-    return False
+def _is_read_by_mlp(trace: Trace, add: Addition, block: Call) -> bool:
+    """Return whether a further MLP in the block reads a sum, or its norm, and adds to it."""
+    read = [add.result, *(c.output for c in block.inner() if is_norm(c) and c.input is add.result)]
+    calls = (c for c in block.inner() if c.start > add.time and num_matrices(c) >= 2 and c.keeps_shape)
+    reading = (c for c in calls if any(c.input is x for x in read))
+    return any(addition_to(trace, add.result, c.stop, block.stop) is not None for c in reading)
 
 
 def _last_norm(trace: Trace, block: Call) -> Call | None:

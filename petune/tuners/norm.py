@@ -38,9 +38,10 @@ class Norm(petune.Tuner[NormConfig]):
         ]
         known = {module for norm in found for module in norm.modules}
         norms = [module for module in edit.backbone() if is_norm(module) or module in known]
-        edit.train(edit.used(p for module in norms for p in module.parameters()))
-        trained = {p for module in norms for p in module.parameters()}
-        bare = [b.path for b in sites.blocks if trained.isdisjoint(p for m in b.own_modules for p in m.parameters())]
+        trained = dict.fromkeys(p for module in norms for p in module.parameters())
+        edit.train(edit.used(trained))
+        own = ((b.path, {p for module in b.own_modules for p in module.parameters()}) for b in sites.blocks)
+        bare = [path for path, parameters in own if parameters.isdisjoint(trained)]
         if bare and trained:
             warnings.warn(
                 f"norm trains nothing in {len(bare)} of {len(sites.blocks)} blocks ({bare[0]}, …): petune found no "
