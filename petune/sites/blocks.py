@@ -19,6 +19,7 @@ from petune.sites.listed_layers import find_listed_layers, is_transformer
 from petune.sites.norms import has_channels_second, is_norm
 from petune.sites.own_modules import with_own_modules
 from petune.sites.parts import (
+    is_scaled,
     late_mid,
     mid_of,
     normalizes_sum,
@@ -281,6 +282,7 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
         parts=parts,
         num_windows=_num_windows(branch, scope),
         norm_first=not is_post_norm,
+        scales_mlp=is_scaled(trace, mlp, scope),
         normalizes_sum=bare.is_module and mid is not None and normalizes_sum(trace, mid, mlp, scope),
         bias_modules=_bias_modules(branch, scope),
         extra_inputs=inner.parent.extra_inputs if inner.parent is scope else scope.extra_inputs,

@@ -72,7 +72,7 @@ def _opens_branch(trace: Trace, norm: Call, scope: Call) -> bool:
 def _belongs_to_layer(trace: Trace, norm: Call) -> bool:
     """Return whether a norm normalizes heads, or follows a convolution or, as BatchNorm in LeViT, a linear layer."""
     maker, x = trace.maker(norm.input), norm.input
-    per_head = x is not None and any(p.numel() not in (x.shape[1], x.shape[-1]) for p in norm.module.parameters())
+    per_head = x is not None and any(p.numel() not in (1, x.shape[1], x.shape[-1]) for p in norm.module.parameters())
     is_batch_norm = isinstance(norm.module, nn.modules.batchnorm._BatchNorm)
     return per_head or (maker is not None and maker.has_matrix and (is_batch_norm or is_conv(maker)))
 

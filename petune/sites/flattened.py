@@ -69,6 +69,7 @@ class FlattenRecorder:
             call.output = None if call.output is None else self._tokens(call.output)
         for add in trace.additions:
             add.operands, add.result = tuple(map(self._tokens, add.operands)), self._tokens(add.result)
+        trace.casts = [(self._tokens(x), self._tokens(y)) for x, y in trace.casts]
         trace.scalings = [(self._tokens(x), self._tokens(y)) for x, y in trace.scalings]
 
     def _tokens(self, x: Tensor) -> Tensor:

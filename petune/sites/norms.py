@@ -8,10 +8,14 @@ from petune.sites.trace import Call, Trace, is_vector
 
 
 def is_norm(call: Call) -> bool:
-    """Return whether a call is a leaf without a matrix that keeps the shape and normalizes, or has an `eps`."""
+    """Return whether a call is a leaf without a matrix that keeps the shape and normalizes, or has an `eps`.
+
+    So does one that squashes its input and scales the result by channel: Dynamic Tanh (arXiv:2503.10622) and its
+    relatives.
+    """
     guarded = _has_epsilon(call.module)
     same = call.input is not None and call.output is not None and call.input.shape == call.output.shape
-    if not (call.is_leaf and same and (guarded or call.normalizes)):
+    if not (call.is_leaf and same and (guarded or call.normalizes or _squashes_and_scales(call))):
         return False
     return not call.has_matrix and all(map(is_vector, call.module.parameters()))
 
@@ -20,6 +24,10 @@ def is_norm_module(module: nn.Module) -> bool:
     """Return whether a module looks like a norm, without a call of it: it has an `eps` and scales by vectors."""
     own = [*module.parameters(recurse=False)]
     return _has_epsilon(module) and bool(own) and all(map(is_vector, own))
+
+
+def _squashes_and_scales(call: Call) -> bool:
+    return call.squashes and any(p.numel() == call.width > 1 for p in call.module.parameters(recurse=False))
 
 
 def _has_epsilon(module: nn.Module) -> bool:

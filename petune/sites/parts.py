@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from petune.sites.block_end import is_changed
+from petune.sites.block_end import is_changed, is_reshaped
 from petune.sites.layouts import is_conv, is_pointwise, width_of
 from petune.sites.norms import is_norm, norm_inside
 from petune.sites.trace import Addition, Call, Trace, own_weights
@@ -170,12 +170,14 @@ def _adds_its_input(trace: Trace, call: Call) -> bool:
 
 
 def mid_of(trace: Trace, mlp: Mlp, attention_end: int, block_end: float = math.inf) -> Call | None:
-    """Return the call that `mid` enters: the norm before the MLP, or the MLP itself (see the figure above).
+    """Return the call that `mid` enters: the norm before the MLP, another module there, or the MLP itself (see above).
 
     The stream is the tensor that a later addition adds to. A tensor that was used before the attention ended is not
     between attention and MLP. One that is added to only after the block is the other stream of a reversible block.
     """
-    for call in (mlp.first, *norms_before(trace, mlp.first)):
+    maker = trace.maker(mlp.first.input)  # such as a norm that transposes around BatchNorm
+    others = [maker] if maker is not None and maker.keeps_shape and not num_matrices(maker) else []
+    for call in (mlp.first, *norms_before(trace, mlp.first), *others):
         stream = call.input
         if stream is None or call.start < attention_end or _used_before(trace, stream, attention_end):
             continue
@@ -206,10 +208,26 @@ def scaled(trace: Trace, stream: Tensor) -> list[Tensor]:
     for form in forms:
         scales = [c for c in trace.calls if c.input is form and c.is_leaf and not c.has_matrix and not is_norm(c)]
         found = [c.output for c in scales if c.output is not None and c.keeps_shape]
-        found += [product for factor, product in trace.scalings if factor is form]
+        found += [product for factor, product in (*trace.casts, *trace.scalings) if factor is form]
         known = {id(x) for x in forms}  # what is scaled in place is its own product
         forms += {id(x): x for x in found if id(x) not in known}.values()
     return forms[1:]
+
+
+def is_scaled(trace: Trace, mlp: Mlp, block: Call) -> bool:
+    """Return whether what an MLP returns is multiplied by numbers before a block adds it to something."""
+    y = mlp.last.output
+    if y is None:
+        return False
+    same = [y]
+    for form in same:
+        casts = [cast for x, cast in trace.casts if x is form]
+        same += [cast for cast in casts if not any(cast is known for known in same)]
+    later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
+    is_added, is_added_as_it_is = (
+        any(add.other(form) is not None for add in later for form in forms) for forms in (scaled(trace, y), same)
+    )
+    return is_added and not is_added_as_it_is
 
 
 def addition_to(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Addition | None:
@@ -251,12 +269,14 @@ def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, attention_e
     """Return the MLP's norm, if one skip connection spans attention and MLP together (edgenext_xx_small).
 
     The MLP's output is then not added to the stream after the attention, but the norm's input is still what it reads.
+    That is a sum: x + mlp(norm(attn(x))) has no stream between the two.
     """
     additions = [add for add in trace.additions if add.result is block.output and add.time > mlp.last.stop]
     adds_input = block.input is not None and any(add.other(block.input) is not None for add in additions)
-    if norm is None or norm.start < attention_end or not adds_input:
+    if norm is None or norm.input is None or norm.start < attention_end or not adds_input:
         return None
-    return norm if trace.maker(mlp.first.input) is norm else None
+    is_sum = is_reshaped(trace, norm.input, trace.additions)
+    return norm if is_sum and trace.maker(mlp.first.input) is norm else None
 
 
 def reaches_output(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:

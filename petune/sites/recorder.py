@@ -39,6 +39,7 @@ ACTIVATIONS = {
     "relu", "relu_", "gelu", "silu", "silu_", "mish", "elu", "celu", "selu", "leaky_relu", "prelu", "relu6", "softplus",
     "tanh", "tanh_", "sigmoid", "sigmoid_", "hardtanh", "hardswish", "hardsigmoid", "softsign",
 }  # fmt: skip
+SQUASHINGS = {"tanh", "erf"}
 COPIES = {"contiguous", "clone"}
 JOINS = {"cat", "concat", "concatenate"}
 SAMPLERS = {"grid_sample"}
@@ -211,6 +212,7 @@ class _OperationRecorder(TorchFunctionMode):
                 self.flow.add("view", [returned], [result])
             self.flattened.record(name, tensors, result)
             self.calls.stack[-1].normalizes |= name in NORMALIZATIONS
+            self.calls.stack[-1].squashes |= name in SQUASHINGS
             self._record_change(name, tensors, result)
             self._record_product(name, tensors, result)
             self._record_attention(name, args, kwargs or {}, tensors, result)

@@ -108,6 +108,8 @@ class Block(Site):
             is before it, too.
         normalizes_sum: True if the block ends with a norm of the sum of the stream and the MLP's output (post-norm), or
             with another function of it, such as an activation, or gives it to a further MLP.
+        scales_mlp: True if numbers multiply the MLP's output before it is added, as in LayerScale, and so all that an
+            adapter adds to it.
         bias_modules: Modules inside that return a number for each pair of tokens (relative positions).
         own_modules: The modules that hold its weights: the block itself, or those of a block that is no module.
     """
@@ -121,6 +123,7 @@ class Block(Site):
     num_windows: int = 1
     norm_first: bool = True
     normalizes_sum: bool = False
+    scales_mlp: bool = False
     bias_modules: tuple[nn.Module, ...] = ()
     own_modules: tuple[nn.Module, ...] = ()
 
@@ -183,14 +186,17 @@ class Block(Site):
                 " (petune saw no MLP in it that is modules of its own: it may be fused with the attention, or experts)"
             )
         elif role == "mid":
-            missing += " (petune saw no stream between attention and MLP to which the MLP's output is added"
+            missing += (
+                " (petune saw no module after the attention that reads a stream to which the MLP's output is added"
+            )
             missing += (
                 ")" if self.is_module else "; the block is no module, and factors of its parent are not followed)"
             )
         before_mlp = self.parts.get("norm2") or self.parts.get("attn")
         keeps_width = before_mlp is None or "mlp" not in self.parts or before_mlp.dim == self.parts["mlp"].dim
         is_readable = role == "mid" and "mlp" in self.parts and keeps_width
-        advice = "adaptformer:input=norm, which reads what enters the MLP, a method" if is_readable else "a method"
+        option = "variant=paddle_study" if self.scales_mlp else "input=norm"
+        advice = f"adaptformer:{option}, which reads what enters the MLP, a method" if is_readable else "a method"
         raise SiteNotFound(
             f"block {self.index} ({self.path}) of {self.model} has {missing}; it has: "
             f"{', '.join(('block', *self.parts))}. Use {advice} that edits one of those, or linear, or full",

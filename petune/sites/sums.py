@@ -84,12 +84,12 @@ class SumRecorder:
         addition = self._sums[id(result)] = Addition(self.tick(), tuple(dict.fromkeys(operands)), result)
         self.trace.additions.append(addition)
         if len(addition.operands) == 1 and addition.operands[0].shape == result.shape:  # Python's sum starts at 0
-            self.trace.scalings.append((addition.operands[0], result))
+            self.trace.casts.append((addition.operands[0], result))
 
     def _record_cast(self, x: Any, result: Tensor) -> None:
         """Record a tensor in another dtype: the same stream, and the same sum if it is one."""
         if isinstance(x, Tensor):
-            self.trace.scalings.append((x, result))
+            self.trace.casts.append((x, result))
             if id(x) in self._sums:
                 self._record_sum(self._sums[id(x)].operands, result)
 

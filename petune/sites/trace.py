@@ -40,6 +40,7 @@ class Call:
         output: The first tensor that it returned; of the model's own call the logits.
         children: The calls that it made itself.
         normalizes: True if it computed a norm or a variance itself.
+        squashes: True if it computed a tanh or an error function itself.
         is_packed: True if its input is (tokens, width): all images in one row, without a batch dimension.
     """
 
@@ -53,6 +54,7 @@ class Call:
     output: Tensor | None = None
     children: list[Call] = field(default_factory=list)
     normalizes: bool = False
+    squashes: bool = False
     is_packed: bool = False
 
     @property
@@ -167,7 +169,8 @@ class Trace:
 
     Attributes:
         calls, attention_ops, additions: In the order of the forward.
-        scalings: A tensor, and what it was cast to, or its product with a number or with one number for each channel.
+        casts: A tensor, and the same values in another dtype, or added to 0.
+        scalings: A tensor, and its product with a number or with one number for each channel.
         elementwise: What sums, products and casts returned, by identity, with their operands of the same shape.
         reshaped: What reshapes and copies returned, by identity, with what they took: the same values in order.
         functions: What norms and activations returned, by identity, with what they took.
@@ -181,6 +184,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     attention_ops: list[AttentionOp] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
+    casts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     elementwise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
     reshaped: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)

@@ -127,8 +127,10 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
             adapter = BottleneckAdapter(_width(block), config.bottleneck, config.dropout, config.initial_scale)
             enter = block.mid if config.source == "residual" else _mlp_of(block)
             is_stream = "mid" in block.parts  # else what leaves the block may be no sum with the MLP's output
-            inside = config.variant == "paddle_study" or block.normalizes_sum or not is_stream
-            exit = block.mlp if inside else block
+            inside = block.normalizes_sum or not is_stream
+            if inside and config.variant == "official":
+                _require_unscaled(block)
+            exit = block.mlp if inside or config.variant == "paddle_study" else block
             edit.parallel(enter, exit, adapter)
 
     def num_parameters(self, sites: petune.Sites) -> int | None:
@@ -152,6 +154,20 @@ def _mlp_of(block: petune.Block) -> petune.Site:
             f"{mlp.dim}, so no adapter can be parallel to it. Use lora, or leave the block out with blocks="
         )
     return mlp
+
+
+def _require_unscaled(block: petune.Block) -> None:
+    """Check that what is added to the MLP's output is not multiplied by a LayerScale, which can be 1e-5.
+
+    Raises:
+        AttachError: It is.
+    """
+    if block.scales_mlp:
+        raise petune.AttachError(
+            f"block {block.index} ({block.where}) of {block.model} multiplies its MLP's output by numbers before it "
+            "adds it, and an adapter that adds to that output would be multiplied, too. Use "
+            "adaptformer:variant=paddle_study, in which it is, or lora"
+        )
 
 
 def _width(block: petune.Block) -> int:

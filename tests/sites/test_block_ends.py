@@ -55,7 +55,8 @@ def test_what_an_adapter_adds_is_changed_with_the_sum(name: str) -> None:
     end, deviation = CHANGED[name]
     model, x = model_of(end), torch.randn(2, 3, 8, 8)
     before = model(x)
-    att = petune.attach(model, "adaptformer", bottleneck=2)
+    variant = "paddle_study" if petune.find_sites(model).blocks[0].scales_mlp else "official"
+    att = petune.attach(model, "adaptformer", bottleneck=2, variant=variant)
     for parameter in att.tuned.values():
         nn.init.normal_(parameter)
     returned: list[Tensor] = []
@@ -64,6 +65,11 @@ def test_what_an_adapter_adds_is_changed_with_the_sum(name: str) -> None:
     assert not torch.allclose(model(x), before)
     assert all(deviation(z).abs().max() < 1e-4 for z in returned)
     assert petune.find_sites(model).blocks[0].is_module
+
+
+def test_blocks_say_which_of_them_scale_what_the_mlp_returns() -> None:
+    scaling = [name for name, (end, _) in CHANGED.items() if petune.find_sites(model_of(end)).blocks[0].scales_mlp]
+    assert scaling == ["scaled branch", "lerp"]
 
 
 KEPT: dict[str, End] = {

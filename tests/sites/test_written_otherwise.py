@@ -100,9 +100,9 @@ class Scaled(nn.Module):
 def test_an_adapter_does_not_add_where_its_output_would_be_scaled() -> None:
     model = tiny()
     model.blocks = Scaled(model.blocks)
-    with pytest.raises(petune.SiteNotFound, match=r"saw no stream .*:input=norm"):
+    with pytest.raises(petune.SiteNotFound, match=r"saw no module after .*:variant=paddle_study"):
         petune.attach(model, "adaptformer")
-    petune.attach(model, "adaptformer", input="norm")
+    petune.attach(model, "adaptformer", variant="paddle_study")
 
 
 class InPlace(Block):
