@@ -64,7 +64,7 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
             "batch_size": config.train.batch_size,
             "seed": config.seed,
             "precision": fit.precision,
-            **({"final_fit": "train+val"} if trained.trained_again else {}),
+            **({"final_fit": trained.final_fit} if trained.final_fit else {}),
         },
         "test": {"metrics": test.report(trained.metric_info), "num_images": test.num_images},
         "metric_info": [metric.model_dump() for metric in trained.metric_info],

@@ -58,6 +58,14 @@ class Chosen:
         )
 
 
+def note_of_one_fit(dataset: Dataset, epochs: int) -> str:
+    """Return the sentence that a run shows before its only training, on train and val: a dataset without val."""
+    return (
+        f"all {plural(len(dataset.train), 'image')} of train and val train for {plural(epochs, 'epoch')}, and the last "
+        "one is tested: val chooses nothing"
+    )
+
+
 def make_final_dir(context: RunContext) -> RunContext:
     """Return the context of the second training, whose files are in a folder of the run directory."""
     directory = context.run_dir / FINAL_FIT_DIR

@@ -51,7 +51,7 @@ def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunRe
         "precision": fit.precision,
         "micro_batch_size": fit.micro_batch_size,
         "num_processes": fit.num_processes,
-        **({"final_fit": "train+val"} if trained.trained_again else {}),
+        **({"final_fit": trained.final_fit} if trained.final_fit else {}),
         **({"continued_from": history(start)} if start else {}),
     }
     return RunResult(

@@ -96,11 +96,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Images:
-    """The images of a run, and what follows from them before there is a model; see `Prepared`."""
+    """The images of a run, and what follows from them before there is a model; see `Prepared`.
+
+    Attributes:
+        splits: The dataset as it is divided, before val may have been added to train.
+    """
 
     config: RunConfig
     train: TrainConfig
     dataset: Dataset
+    splits: Dataset
     task: Task[Any]
     start: SavedAdapter | None
 
@@ -133,8 +138,8 @@ def prepare(
         images = _prepare_images(config, recipe, context, device, with_val=with_val)
         inputs = _inputs(images, tuner)
         group.broadcast(lambda: check_inputs(context.run_dir, inputs))
-        if not with_val:
-            group.broadcast(lambda: record_splits(context.run_dir, config, images.dataset))
+        if not with_val or config.final_fit == "only":
+            group.broadcast(lambda: record_splits(context.run_dir, config, images.splits))
         backbone = _prepare_model(images, tuner, context, device, keep_head=keep_head)
         memory = PeakMemory(device)
         attachment = _attach(config, tuner, backbone, device, context)
@@ -153,18 +158,17 @@ def _prepare_images(
 ) -> _Images:
     """Read the images and fit the task to them; complete the training options, and check them."""
     group = context.group
-    dataset = group.main_first(lambda: prepare_data(config, context.run_dir))
+    splits = group.main_first(lambda: prepare_data(config, context.run_dir))
     if config.from_run is not None:
-        group.main_first(lambda: check_unseen(config, dataset))
-    if with_val:
-        dataset = merge_val(dataset)
+        group.main_first(lambda: check_unseen(config, splits))
+    dataset = merge_val(splits) if with_val else splits
     task = fitted_task(config.task, dataset)
     context.note(check_chosen_metric(task, config.train.choose, dataset.val, device))
     side = input_side(config.backbone, config.image_size, config.backbone_options)
     train = complete_options(config.train, recipe, dataset, side)
     check_task_options(task, train, dataset.train, group.size)
     check_head(config.head, train)
-    return _Images(config, train, dataset, task, read_start(config))
+    return _Images(config, train, dataset, splits, task, read_start(config))
 
 
 def _inputs(images: _Images, tuner: Tuner[Any]) -> RunInputs:

@@ -124,14 +124,16 @@ class RunResult(Config):
         of_backbone = format_percent(self.percent_of_backbone, 3)
         share = f"{of_all} of all parameters, {of_backbone} of backbone and head"
         precision = self.provenance.get("precision", "precision not recorded")
-        again = "; then trained again on train and val" if "final_fit" in self.provenance else ""
+        final_fit = self.provenance.get("final_fit")
+        again = "; then trained again on train and val" if final_fit == "train+val" else ""
+        on_val = f"{main.text(val)}  (epoch {self.epoch} of {self.epochs}{early}{again})"
         return [
             ("method", self.method),
             *([("continued from", self.from_run)] if self.from_run else ()),
             ("backbone", f"{self.backbone_full_name}, weights {self.weights}"),
             ("dataset", f"{self.dataset}, seed {self.seed}{sizes}"),
             *((f"{m.label} on test", m.text(self.metrics.get(m.name))) for m in shown_metrics(self.metric_info)),
-            (f"{main.label} on val", f"{main.text(val)}  (epoch {self.epoch} of {self.epochs}{early}{again})"),
+            (f"{main.label} on val", "none: val trained too" if final_fit == "only" else on_val),
             ("tuned", f"{self.tuned:,}  (with the head {share})"),
             ("head", f"{self.head:,}"),
             ("saved", format_size(self.adapter_bytes)),

@@ -26,7 +26,7 @@ from petune.runner.adapter_metadata import save_adapter
 from petune.runner.continued import complete_from_run
 from petune.runner.directory_kind import check_kind
 from petune.runner.file_names import FIRST_BATCH_FILE
-from petune.runner.final_fit import Chosen, make_final_dir
+from petune.runner.final_fit import Chosen, make_final_dir, note_of_one_fit
 from petune.runner.make_result import make_result, measure
 from petune.runner.prepare import RunContext, prepare
 from petune.runner.recipes import choose_recipe, complete_from_recipe
@@ -106,6 +106,7 @@ def fine_tuning(config: RunConfig) -> Procedure:
 def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> RunResult:
     """Train, test once and save in one run directory; return the result of a run that was finished before."""
     config.check_one_fold()
+    config.check_final_fit()
     group = init_group()
     if config.output is not None:
         group.broadcast(partial(check_kind, config.output, procedure.command))
@@ -122,8 +123,8 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
         if finished is not None:
             return finished
         context = RunContext(run_dir, stop, watch, group)
-        trained = train(config, procedure, context)
-        if procedure.keep == "best" and has_final_fit(config, trained.ready.dataset):
+        trained = train(config, procedure, context, with_val=config.final_fit == "only")
+        if trained.final_fit is None and procedure.keep == "best" and has_final_fit(config, trained.ready.dataset):
             chosen = Chosen(trained.fit, trained.ready.task.state)
             del trained  # both models need not fit into memory
             trained = train(config, procedure, context, chosen)
@@ -165,13 +166,22 @@ def check_task_of_dataset(config: RunConfig) -> None:
         )
 
 
-def train(config: RunConfig, procedure: Procedure, context: RunContext, chosen: Chosen | None = None) -> Trained:
+def train(
+    config: RunConfig,
+    procedure: Procedure,
+    context: RunContext,
+    chosen: Chosen | None = None,
+    *,
+    with_val: bool = False,
+) -> Trained:
     """Train in an open run directory, from its newest checkpoint if there is one. The test split is not read.
 
     Args:
         config, procedure, context: The run.
         chosen: What val chose in a first training, for the second one, on train and val; see `final_fit`.
+        with_val: Train on val too, for all epochs.
     """
+    final_fit: Literal["train+val", "only"] | None = "train+val" if chosen is not None else "only" if with_val else None
     run_dir = context.run_dir
     if chosen is not None:
         context = make_final_dir(context)
@@ -182,10 +192,12 @@ def train(config: RunConfig, procedure: Procedure, context: RunContext, chosen: 
         context,
         keep_head=procedure.keep_head,
         statistics=procedure.statistics,
-        with_val=chosen is not None,
+        with_val=final_fit is not None,
     )
     if chosen is not None:
         context.note(chosen.note(ready.dataset))
+    elif with_val:
+        context.note(note_of_one_fit(ready.dataset, ready.train.epochs))
     counts = ready.attachment.counts
     if procedure.trains_all:
         check_all_trains(counts.total - counts.trainable, config.method)
@@ -199,7 +211,7 @@ def train(config: RunConfig, procedure: Procedure, context: RunContext, chosen: 
         device=ready.device,
         directory=context.run_dir,
         seed=config.seed,
-        keep=procedure.keep if chosen is None else "last",
+        keep="last" if final_fit else procedure.keep,
         last_epoch=None if chosen is None else chosen.fit.epoch,
     )
     group = context.group
@@ -209,7 +221,7 @@ def train(config: RunConfig, procedure: Procedure, context: RunContext, chosen: 
     fit = trainer.fit()
     if chosen is not None:
         fit = chosen.finish(fit, ready.task, fitted)
-    return Trained(ready, trainer, fit, run_dir, trained_again=chosen is not None)
+    return Trained(ready, trainer, fit, run_dir, final_fit=final_fit)
 
 
 def write_first_batch(trained: Trained) -> None:

@@ -50,7 +50,8 @@ class RunConfig(Config):
         val_fraction: Share of the training split used to choose the epoch, where the dataset has no val split.
         folds, fold: Test on fold `fold` (from 1) of `folds`, and train on the others; see `petune.cross_validate`.
         final_fit: `train+val` trains again on train and val, up to the epoch that val chose, and tests that model; see
-            `petune.runner.final_fit`. `auto` does so where it is the dataset's protocol (`vtab:NAME`), `none` never.
+            `petune.runner.final_fit`. `only` trains once, on train and val, for all epochs: val chooses nothing. `auto`
+            trains again where it is the dataset's protocol (`vtab:NAME`), `none` never.
         shots: Training images per class (few-shot); None keeps all.
         seed: Random seed of head, adapters, data order, augmentation and dropout. The val split does not depend on it.
         device: `auto` takes a GPU if there is one; otherwise a name of torch's: `cpu`, `cuda:1`, `mps`.
@@ -79,7 +80,7 @@ class RunConfig(Config):
     val_fraction: float = Field(0.1, gt=0, lt=1)
     folds: int | None = Field(None, ge=2, le=1000)
     fold: int | None = Field(None, ge=1)
-    final_fit: Literal["auto", "none", "train+val"] = "auto"
+    final_fit: Literal["auto", "none", "train+val", "only"] = "auto"
     shots: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "auto"
@@ -110,6 +111,21 @@ class RunConfig(Config):
         if value and (key := drop_path_key(name)) in info.data.get("backbone_options", {}):
             raise ValueError(f"drop_path and backbone_options.{key} are the same option of {name}. Give one of them")
         return value
+
+    def check_final_fit(self) -> None:
+        """Check that a run whose val trains too neither waits for val nor is few-shot, which val would end.
+
+        Raises:
+            ConfigError: It does, or is.
+        """
+        if self.final_fit in {"train+val", "only"} and self.shots is not None:
+            raise ConfigError(
+                f"final_fit={self.final_fit} adds all of val to the few images of shots. Leave one of them out"
+            )
+        if self.final_fit == "only" and self.train.patience is not None:
+            raise ConfigError(
+                "final_fit=only trains on val too, so train.patience has nothing to watch. Leave one of them out"
+            )
 
     def check_one_fold(self) -> None:
         """Check that a run of several folds names its own.

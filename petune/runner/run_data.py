@@ -107,13 +107,8 @@ def has_final_fit(config: RunConfig, dataset: Dataset) -> bool:
     Args:
         config: The run.
         dataset: With its val split.
-
-    Raises:
-        ConfigError: The run is few-shot, which val would end.
     """
-    if config.final_fit == "train+val" and config.shots is not None:
-        raise ConfigError("final_fit='train+val' adds all of val to the few images of shots. Leave one of them out")
-    wanted = config.final_fit == "train+val" or (config.final_fit == "auto" and dataset.refit)
+    wanted = config.final_fit in {"train+val", "only"} or (config.final_fit == "auto" and dataset.refit)
     return wanted and config.shots is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from petune.base.metric import Metric
 from petune.runner.prepare import Prepared
@@ -20,14 +21,14 @@ class Trained:
         trainer: Evaluates further splits.
         fit: What training measured.
         run_dir: The run directory.
-        trained_again: The model trained again on train and val.
+        final_fit: `train+val` if the model trained again on both, `only` if it trained once, on both; else None.
     """
 
     ready: Prepared
     trainer: Trainer
     fit: FitResult
     run_dir: Path
-    trained_again: bool = False
+    final_fit: Literal["train+val", "only"] | None = None
 
     @property
     def metric_info(self) -> tuple[Metric, ...]:

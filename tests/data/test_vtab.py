@@ -138,8 +138,40 @@ def test_any_dataset_may_be_trained_again_on_train_and_val(tmp_path: Path) -> No
     on_val, on_test = (petune.evaluate(tmp_path / "run", split=split, device="cpu") for split in ("val", "test"))
     assert (on_val.trained_on, on_test.trained_on) == (True, False)
     assert "trained on" in dict(on_val.facts())["images"]
-    with pytest.raises(ConfigError, match="shots"):
-        petune.run(dataset="digits", final_fit="train+val", shots=2, output=tmp_path / "few", **TINY)
+
+
+def test_all_images_may_train_once_without_a_choice(tmp_path: Path) -> None:
+    """The model is that of the second training of a run in which val chose the last epoch."""
+    folder = write_vtab(tmp_path / "cifar")
+    notes: list[object] = []
+    done = petune.run(dataset=f"vtab:{folder}", final_fit="only", output=tmp_path / "only", watch=notes.append, **TINY)
+    assert any("100 images of train and val" in event.text for event in notes if isinstance(event, Note))
+    assert len([event for event in notes if isinstance(event, EpochEnded)]) == TINY["train"]["epochs"] == done.epoch
+    assert (done.val_metrics, done.provenance["final_fit"], done.num_images["train"]) == (None, "only", 100)
+    assert "val trained too" in dict(done.facts())["top-1 on val"]
+    last = {**TINY, "train": {**TINY["train"], "val_every": TINY["train"]["epochs"]}}
+    again = petune.run(dataset=f"vtab:{folder}", output=tmp_path / "again", **last)
+    tensors = [(tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("only", "again")]
+    assert tensors[0] == tensors[1]
+    assert done.top1 == again.top1
+    on_val, on_test = (petune.evaluate(tmp_path / "only", split=split, device="cpu") for split in ("val", "test"))
+    assert (on_val.trained_on, on_test.trained_on, on_test.top1) == (True, False, pytest.approx(done.top1))
+    table = petune.compare(
+        methods=["linear"], seeds=[0], run={**TINY, "dataset": f"vtab:{folder}", "final_fit": "only"},
+        output=tmp_path / "compare", watch=lambda event: None,
+    )  # fmt: skip
+    assert table.rows[0].val_mean == {}
+
+
+@pytest.mark.parametrize(("final_fit", "options"), [("only", {"patience": 2}), ("only", {}), ("train+val", {})])
+def test_a_run_without_val_is_neither_few_shot_nor_stops_early(
+    tmp_path: Path, final_fit: Any, options: dict[str, Any]
+) -> None:
+    train, shots = {**TINY["train"], **options}, None if options else 2
+    with pytest.raises(ConfigError, match="patience" if options else "shots"):
+        petune.run(
+            dataset="digits", final_fit=final_fit, shots=shots, output=tmp_path / "run", **{**TINY, "train": train}
+        )
 
 
 def test_merged_splits_hold_each_image_with_its_target() -> None:
