@@ -41,13 +41,12 @@ def _has_only(module: nn.Module, tensors: Set[int]) -> bool:
 
 
 def _backbone_test(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> Condition:
-    """Return a function that says if a layer belongs to the backbone: a model of another configuration inside this one.
+    """Return a function that says if a layer belongs to a backbone: a model of another configuration inside this one.
 
-    Without such a model, to the backbone belong the encoder's blocks, and what is called before the last of them ends.
+    Without such models, to the backbone belong the encoder's blocks, and what is called before the last of them ends.
     """
-    inner = _inner_backbone(model, trace)
-    if inner is not None:
-        inside = {id(m) for m in inner.modules()}
+    inside = {id(m) for inner in _inner_backbones(model, trace) for m in inner.modules()}
+    if inside:
         return lambda module: id(module) in inside
     decoder = [block for block in blocks if any(attends_to_others(c) for c in trace.calls if c.module is block.enter)]
     encoder = [block for block in blocks if block not in decoder]
@@ -59,13 +58,18 @@ def _backbone_test(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> C
     return lambda module: id(module) in in_encoder or (id(module) in called and id(module) not in in_decoder)
 
 
-def _inner_backbone(model: nn.Module, trace: Trace) -> nn.Module | None:
-    """Return the first transformers model with another configuration that is called: the backbone of a detector."""
+def _inner_backbones(model: nn.Module, trace: Trace) -> list[nn.Module]:
+    """Return the transformers models with another configuration that read no other: the backbones of a detector.
+
+    There may be one for images and one for texts (Grounding DINO); MaskFormer's decoder reads what the backbone made.
+    """
     own = type(getattr(model, "config", None))
-    configs = (
-        (c.module, getattr(c.module, "config", None)) for c in trace.calls if hasattr(c.module, "base_model_prefix")
-    )
-    return next((module for module, config in configs if type(config) is not own), None)
+    calls = [c for c in trace.calls if hasattr(c.module, "base_model_prefix")]
+    calls = [c for c in calls if type(getattr(c.module, "config", None)) is not own]
+    outermost = [c for c in calls if not any(c is not other and c.within(other) for other in calls)]
+    starts = [c.start for c in outermost]
+    sources = trace.flow.sources(dict(zip(starts, starts, strict=True)), starts)
+    return [c.module for c in outermost if not sources.get(c.start)]
 
 
 def _outermost(module: nn.Module, path: str, is_known: Condition) -> list[str]:

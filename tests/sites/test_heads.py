@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,3 +168,29 @@ def test_the_decoder_trains_as_a_head_if_it_is_named(tmp_path: Path) -> None:
     att.save(tmp_path / "adapter")
     loaded = petune.load(fresh(), tmp_path / "adapter")
     assert set(loaded.head) == wanted
+
+
+class TwoBackbones(nn.Module):
+    """A detector of what a text names: backbones for images and texts, a fusion, and a box for each patch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        self.config = SimpleNamespace()
+        self.text = transformers.BertModel(transformers.BertConfig(vocab_size=9, **sizes), add_pooling_layer=False)
+        image = transformers.ViTConfig(image_size=16, patch_size=8, **sizes)
+        self.image = transformers.ViTModel(image, add_pooling_layer=False)
+        self.text_projection, self.fusion = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.boxes, self.scores = nn.Linear(16, 4), nn.Linear(16, 1)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        text_BC = self.text_projection(self.text(input_ids=input_ids).last_hidden_state[:, 0])
+        x_BNC = self.fusion(self.image(pixel_values=pixel_values).last_hidden_state[:, 1:] * text_BC[:, None])
+        return {"boxes": self.boxes(x_BNC), "logits": self.scores(x_BNC)}
+
+
+def test_what_connects_two_backbones_to_the_heads_is_named_and_neither_backbone() -> None:
+    example = {"pixel_values": torch.randn(2, 3, 16, 16), "input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+    sites = petune.find_sites(TwoBackbones().eval(), example=example)
+    assert {path for path, _ in sites.head.named_modules} >= {"boxes", "scores"}
+    assert sites.layers_before_head == ("text_projection",)
