@@ -19,10 +19,10 @@ from petune.sites.listed_layers import find_listed_layers, is_transformer
 from petune.sites.norms import has_channels_second, is_norm
 from petune.sites.own_modules import with_own_modules
 from petune.sites.parts import (
+    changes_sum,
     is_scaled,
     late_mid,
     mid_of,
-    normalizes_sum,
     parallel_mid,
     reaches_output,
     span_exit,
@@ -107,7 +107,7 @@ def _joins_windows(trace: Trace, pair: Pair) -> bool:
     sums = [add.result for add in later if add.other(x) is not None]
     if any(add.result is s for add in sums_of(trace, y, pair.scope) for s in sums):
         return False  # a further branch, such as a second MLP, is added
-    if normalizes_sum(trace, mid, pair.mlp, pair.scope) or is_reshaped(trace, y, later):
+    if changes_sum(trace, mid, pair.mlp, pair.scope) or is_reshaped(trace, y, later):
         return False
     makers = [c for c in pair.scope.inner() if c.output is y]
     has_weights = any(is_norm(c) or any(True for _ in c.module.parameters()) for c in makers)
@@ -181,8 +181,8 @@ def _build_parallel_attentions(trace: Trace, pair: Pair) -> Found:
     mid = mid_of(trace, pair.mlp, pair.attention.call.stop)
     if mid is None or not reaches_output(trace, mid, pair.mlp, pair.scope):
         return pair.scope.start, bare
-    ends_with_norm = normalizes_sum(trace, mid, pair.mlp, pair.scope)
-    return pair.scope.start, replace(_with_mid(bare, mid), normalizes_sum=ends_with_norm)
+    is_changed = changes_sum(trace, mid, pair.mlp, pair.scope)
+    return pair.scope.start, replace(_with_mid(bare, mid), changes_sum=is_changed)
 
 
 Predicate = Callable[[Trace, Pair], bool]
@@ -283,7 +283,7 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
         num_windows=_num_windows(branch, scope),
         norm_first=not is_post_norm,
         scales_mlp=is_scaled(trace, mlp, scope),
-        normalizes_sum=bare.is_module and mid is not None and normalizes_sum(trace, mid, mlp, scope),
+        changes_sum=bare.is_module and mid is not None and changes_sum(trace, mid, mlp, scope),
         bias_modules=_bias_modules(branch, scope),
         extra_inputs=inner.parent.extra_inputs if inner.parent is scope else scope.extra_inputs,
     )

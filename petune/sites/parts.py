@@ -288,7 +288,7 @@ def reaches_output(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     if norm is None:
         made = next((time for add in sums if (time := _joins(trace, add, y, block)) is not None), None)
     else:
-        made = norm.start if normalizes_sum(trace, mid, mlp, block) else None
+        made = norm.start if changes_sum(trace, mid, mlp, block) else None
     if y is None or made is None:
         return False
     reads = any(any(x is y for x in c.inputs) for c in block.inner() if c.start > made)  # a further branch, as in SAM
@@ -306,11 +306,10 @@ def _joins(trace: Trace, add: Addition, y: Tensor | None, block: Call) -> int | 
     return add.time
 
 
-def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
-    """Return whether a block returns the norm of the sum of the stream and the MLP's output (post-norm).
+def changes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
+    """Return whether a block changes the sum of stream and MLP's output: by a norm (post-norm) or a further MLP.
 
-    So does one that takes a function of the sum, such as an activation, or gives it to a further MLP: what is added to
-    its output is not in that.
+    What is added to the block's output is then not in what it returns for the sum.
     """
     norm, stream = _last_norm(trace, block), mid.input
     if stream is None:

@@ -106,8 +106,8 @@ class Block(Site):
         num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
         norm_first: True if no norm comes after its attention or MLP (pre-norm); a norm at the entrance of an attention
             is before it, too.
-        normalizes_sum: True if the block ends with a norm of the sum of the stream and the MLP's output (post-norm), or
-            with another function of it, such as an activation, or gives it to a further MLP.
+        changes_sum: True if the block returns something else than the sum of the stream and the MLP's output: its norm
+            (post-norm), another function of it, such as an activation, or what a further MLP makes of it.
         scales_mlp: True if numbers multiply the MLP's output before it is added, as in LayerScale, and so all that an
             adapter adds to it.
         bias_modules: Modules inside that return a number for each pair of tokens (relative positions).
@@ -122,7 +122,7 @@ class Block(Site):
     extra_inputs: tuple[str, ...] = ()
     num_windows: int = 1
     norm_first: bool = True
-    normalizes_sum: bool = False
+    changes_sum: bool = False
     scales_mlp: bool = False
     bias_modules: tuple[nn.Module, ...] = ()
     own_modules: tuple[nn.Module, ...] = ()

@@ -127,7 +127,7 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
             adapter = BottleneckAdapter(_width(block), config.bottleneck, config.dropout, config.initial_scale)
             enter = block.mid if config.source == "residual" else _mlp_of(block)
             is_stream = "mid" in block.parts  # else what leaves the block may be no sum with the MLP's output
-            inside = block.normalizes_sum or not is_stream
+            inside = block.changes_sum or not is_stream
             if inside and config.variant == "official":
                 _require_unscaled(block)
             exit = block.mlp if inside or config.variant == "paddle_study" else block

@@ -118,12 +118,12 @@ class DyT(petune.Tuner[DyTConfig]):
         for block in edit.sites.require_blocks():
             gate = Dispatch(block.mid.dim, edit.sites.num_prefix_tokens, config.temperature)
             edit.around([block.norm2, block.mlp] if block.norm_first else block.mlp, gate)
-            if block.normalizes_sum and block.scales_mlp:
+            if block.changes_sum and block.scales_mlp:
                 raise petune.AttachError(
                     f"block {block.index} ({block.where}) of {block.model} multiplies its MLP's output by numbers "
                     "before it adds it, and an adapter that adds to that output would be multiplied, too. Use lora"
                 )
-            exit = block.mlp if block.normalizes_sum else block
+            exit = block.mlp if block.changes_sum else block
             edit.parallel(block.mid, exit, Bottleneck(block.mid.dim, config))
 
     def aux_loss(self, values: list[Tensor]) -> Tensor:
