@@ -21,8 +21,7 @@ from petune.base.errors import AttachError, PetuneError
 from petune.injector.hooks.torch_attention import Projections
 from petune.injector.qkv import qkv_called
 from petune.sites.forward import device_of, dtype_of, tensors_in
-from petune.sites.operations import MULTI_HEAD, SDPA
-from petune.sites.recorder import PRODUCTS
+from petune.sites.operations import MULTI_HEAD, PRODUCTS, SDPA
 from petune.sites.site import Block, Site
 from petune.sites.sites import Sites
 from petune.sites.undisturbed import undisturbed

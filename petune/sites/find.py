@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import IMAGES, make_site
 from petune.sites.norms import is_norm
 from petune.sites.outside_blocks import layers_outside_blocks
+from petune.sites.own_layers import own_layers
 from petune.sites.parts import addition_to
 from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Tower, is_within, modules_in
@@ -139,6 +141,7 @@ def _build_sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadCh
         parts={part.role: part for part in parts if part is not None},
         layers_before_head=heads.layers_before,
         outside_blocks=others,
+        layers=own_layers(trace, spec, rows, [n for n in (*norms, *itertools.chain(*further)) if n], head, others),
         further_norms=further[0] if len(further) == 1 else (),
         num_prefix_tokens=num_prefix_tokens,
         embed_dim=blocks[-1].dim if blocks else 0,

@@ -53,6 +53,22 @@ def norms_to_heads(
     return list(found.values())
 
 
+def norms_read_by_blocks(trace: Trace, blocks: Sequence[Block], head: Site | None, calls: Iterable[Call]) -> list[Call]:
+    """Return the norms of tokens outside blocks, after the first one begins, that a block reads.
+
+    Args:
+        trace: The forward.
+        blocks: All blocks.
+        head: Its norms do not count.
+        calls: Those among which norms are looked for.
+    """
+    enters = [c.start for block in blocks for c in trace.calls if c.module is block.enter]
+    norms = _norms_outside(trace, blocks, head, [c for c in calls if c.start > min(enters)])
+    sources = trace.flow.sources({c.start: c.start for c in norms}, enters) if norms else {}
+    read = {source for found in sources.values() for source in found}
+    return [c for c in norms if c.start in read]
+
+
 def _norms_outside(trace: Trace, blocks: Sequence[Block], head: Site | None, calls: Iterable[Call]) -> list[Call]:
     """Return the norms of tokens, and not of pooled features, in no block, no head and no other attention."""
     inside = modules_with_place(blocks, head)

@@ -33,13 +33,13 @@ def layers_outside_blocks(trace: Trace, blocks: Sequence[Block], head: Site | No
     for call in trace.calls:
         is_other = call.module not in inside
         if is_other and _is_layer(call, attentions.get(id(call)), of_blocks, (start_of(trace, blocks), end)):
-            around = _largest_without(call, of_blocks)
+            around = largest_without(call, of_blocks)
             if around is not None:
-                found[around.path] = _last_before(begun, around.start)
-    return found | {key: _last_before(begun, time) for time, key in _bare_products(trace, blocks, of_blocks)}
+                found[around.path] = last_before(begun, around.start)
+    return found | {key: last_before(begun, time) for time, key in _bare_products(trace, blocks, of_blocks)}
 
 
-def _last_before(begun: Sequence[tuple[int, int]], time: int) -> int:
+def last_before(begun: Sequence[tuple[int, int]], time: int) -> int:
     """Return the index of the last block that begins before a time."""
     return max((index for start, index in begun if start < time), default=0)
 
@@ -117,7 +117,7 @@ def _is_pooled_map(call: Call, of_blocks: Sequence[Call]) -> bool:
     return not any(y is not None and holds_one_row(y) for y in entered)
 
 
-def _largest_without(call: Call, of_blocks: Sequence[Call]) -> Call | None:
+def largest_without(call: Call, of_blocks: Sequence[Call]) -> Call | None:
     """Return the largest call around another one that holds no block; None if a block holds it."""
     largest: Call | None = None
     for around in (call, *call.ancestors()):

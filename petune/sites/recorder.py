@@ -21,7 +21,8 @@ from petune.sites.flow import Flow
 from petune.sites.forward import dry_forward, forward_of, tensors_in
 from petune.sites.hooked import removed_after
 from petune.sites.input_spec import InputSpec
-from petune.sites.operations import MULTI_HEAD, SDPA
+from petune.sites.operations import AFFINE_NORMS, JOINS, MATRIX_LAYERS, MULTI_HEAD, PRODUCTS, SDPA
+from petune.sites.parameter_uses import uses_in
 from petune.sites.random_numbers import is_large, watch_draws
 from petune.sites.returned import logits_in, tensors_returned
 from petune.sites.sums import MULTIPLICATIONS, SumRecorder, renamed
@@ -29,11 +30,8 @@ from petune.sites.trace import AttentionOp, Call, Trace, is_vector
 from petune.sites.unsuitable import why_method_fails
 
 FUSED_ATTENTION = {SDPA, MULTI_HEAD, "_native_multi_head_attention"}
-PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
-MATRIX_LAYERS = {"linear", "addmm"}
-NORMALIZATIONS = {
-    "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "vector_norm", "rsqrt",
-    "var", "std", "var_mean", "std_mean",
+NORMALIZATIONS = AFFINE_NORMS | {
+    "normalize", "norm", "vector_norm", "rsqrt", "var", "std", "var_mean", "std_mean",
 }  # fmt: skip
 ACTIVATIONS = {
     "relu", "relu_", "gelu", "silu", "silu_", "mish", "elu", "celu", "selu", "leaky_relu", "prelu", "relu6", "softplus",
@@ -41,7 +39,6 @@ ACTIVATIONS = {
 }  # fmt: skip
 SQUASHINGS = {"tanh", "erf"}
 COPIES = {"contiguous", "clone"}
-JOINS = {"cat", "concat", "concatenate"}
 SAMPLERS = {"grid_sample"}
 """Operations that read values at computed places of an image: deformable attention weighs what they return."""
 
@@ -215,6 +212,8 @@ class _OperationRecorder(TorchFunctionMode):
             self.calls.stack[-1].squashes |= name in SQUASHINGS
             self._record_change(name, tensors, result)
             self._record_product(name, tensors, result)
+            if len(tensors) > 1:
+                self._record_uses(name, args, kwargs or {})
             self._record_attention(name, args, kwargs or {}, tensors, result)
         return result
 
@@ -235,6 +234,11 @@ class _OperationRecorder(TorchFunctionMode):
         elif keys and len(tensors) == 1 and isinstance(result, Tensor):
             self.calls.own[id(result)] = result, keys[0]
 
+    def _record_uses(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """Record what the parameters are that an operation takes with other tensors."""
+        for key, use in uses_in(name, args, kwargs, self.calls.own):
+            self.trace.uses.setdefault(key, {}).setdefault(use, self.calls.tick())
+
     def _record_scaling(self, args: Any, result: Tensor) -> None:
         """Record a product of a tensor with a number, or with a vector that has one number for each channel."""
         tensors = [a for a in args if isinstance(a, Tensor)]
@@ -242,6 +246,8 @@ class _OperationRecorder(TorchFunctionMode):
         factors = [t for t in tensors if t.shape != result.shape]
         if len(scaled) == 1 and all(is_vector(factor) for factor in factors):
             self.trace.scalings.append((scaled[0], result))
+            if all(id(factor) in self.calls.own for factor in factors):
+                self.trace.own_scalings.append((scaled[0], result))
 
     def _record_attention(
         self, name: str, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], result: Any

@@ -11,6 +11,7 @@ from petune.base.block_choice import chosen_in_rows, path_of_tower
 from petune.base.errors import ConfigError, SiteNotFound, UsageError
 from petune.base.text import plural
 from petune.sites.input_spec import InputSpec
+from petune.sites.own_layers import OwnLayers
 from petune.sites.site import ROLES, Block, Site, Tower, is_within, modules_in, modules_of
 
 
@@ -35,6 +36,7 @@ class Sites:
         outside_blocks: Paths of attentions and MLPs that are in no block and no head, each with the index of the last
             block that begins before its last call.
         further_norms: Norms between blocks and heads that are not `norm`; see `Tower.norms`.
+        layers: All layers of the blocks, and norms between these, also those that are at no site.
         chosen_head: Paths of the heads that `find_sites` was given; None if it found the heads itself.
         all_blocks: The model's blocks, also those that were left out by `only` or `dataclasses.replace(sites,
             blocks=…)`.
@@ -56,6 +58,7 @@ class Sites:
     layers_before_head: tuple[str, ...] = ()
     outside_blocks: Mapping[str, int] = field(default_factory=dict)
     further_norms: tuple[Site, ...] = ()
+    layers: OwnLayers = field(default_factory=OwnLayers)
     chosen_head: tuple[str, ...] | None = None
     all_blocks: tuple[Block, ...] = ()
     within: str = ""

@@ -171,10 +171,12 @@ class Trace:
         calls, attention_ops, additions: In the order of the forward.
         casts: A tensor, and the same values in another dtype, or added to 0.
         scalings: A tensor, and its product with a number or with one number for each channel.
+        own_scalings: Those of the products whose factors are numbers and parameters, and not computed from the input.
         elementwise: What sums, products and casts returned, by identity, with their operands of the same shape.
         reshaped: What reshapes and copies returned, by identity, with what they took: the same values in order.
         functions: What norms and activations returned, by identity, with what they took.
         products: When a parameter entered a matrix product, the innermost call around that, and the parameter's key.
+        uses: For each parameter's key what it is in operations with other tensors (`Use`), with the first time of each.
         batch_size: Number of samples.
         outputs: All tensors that the model returned.
         draws_nothing: True if the forward was watched, and drew no random number.
@@ -186,10 +188,12 @@ class Trace:
     additions: list[Addition] = field(default_factory=list)
     casts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    own_scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     elementwise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
     reshaped: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     functions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     products: list[tuple[int, Call, str]] = field(default_factory=list)
+    uses: dict[str, dict[str, int]] = field(default_factory=dict)
     batch_size: int = 0
     outputs: list[Tensor] = field(default_factory=list)
     draws_nothing: bool = False

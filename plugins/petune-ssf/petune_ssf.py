@@ -1,5 +1,6 @@
 """SSF: scale and shift the output of every linear layer and norm."""
 
+import re
 import warnings
 
 import torch
@@ -7,6 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import petune
+
+NUMBER = r"(?<=\.)\d+\b|(?<=_)\d+(?=\.)"
 
 
 class SSFConfig(petune.TunerConfig):
@@ -57,9 +60,12 @@ class SSF(petune.Tuner[SSFConfig]):
     average, and here the norm's output is scaled, after it: 2·D either way. Where several norms are between blocks and
     heads, such as two in a row or one after each block, γ and β follow each.
 
-    Left as they are, with a warning: linear layers that the model reads without calling them (`out_proj` of torch's
-    `nn.MultiheadAttention`, and its fused q, k and v), convolutions, and norms other than those before attention and
-    MLP, such as norms of queries and keys, or after a branch. Left without one: norms before the first block (CLIP's).
+    Left as they are, with a warning that names them: linear layers that the model reads without calling them
+    (`out_proj` of torch's `nn.MultiheadAttention`, and its fused q, k and v), convolutions, norms other than those
+    before attention and MLP, such as norms of queries and keys, after a branch, or between an encoder and its decoder,
+    weights that a block gives to a product or norm itself, layers of other kinds, and layers after the blocks, such as
+    attention that pools. Left without one: what comes before the first block (CLIP's norm), embeddings, tokens, tables
+    of positions, factors of channels (LayerScale), and what changes the tokens' number or width between two stages.
     """
 
     recipe = petune.Recipe(lr=5e-3, weight_decay=0.0)
@@ -67,22 +73,21 @@ class SSF(petune.Tuner[SSFConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Put one γ and β after every linear layer and every norm."""
-        blocks, scaled = edit.sites.require_blocks(), set()
+        blocks = edit.sites.require_blocks()
+        scaled = {f"{mlp.path}." for block in blocks for mlp in block.split_mlps}  # petune names these
         for block in blocks:
             for site in block.sublayers:
                 for layer in edit.linear_layers(site, transposed=True):
                     width = layer.module.weight.shape[0 if isinstance(layer.module, nn.Linear) else 1]
                     edit.after(layer, ScaleShift(width, self.config.init_std))
-                    scaled.add(layer.module)
+                    scaled.add(f"{layer.path}.")
             for norm in block.norms:
                 edit.after(norm, ScaleShift(norm.dim, self.config.init_std))
-                scaled.add(norm.module)
+                scaled.add(f"{norm.path}.")
         for final in dict.fromkeys(norm for tower in edit.sites.towers for norm in tower.norms):
             edit.after(final, ScaleShift(final.dim, self.config.init_std))
-        inside = {m for block in blocks for own in block.own_modules for m in own.modules()}
-        weighted = [m for m in edit.backbone() if m in inside and getattr(m, "weight", None) is not None]
-        covered = {m for layer in scaled for m in layer.modules()}  # a layer may be wrapped by another adapter
-        if left_out := [edit.site(m).path for m in weighted if covered.isdisjoint(m.modules())]:
-            warnings.warn(
-                f"ssf leaves {len(left_out)} of {len(weighted)} layers as they are: {left_out[0]}, …", stacklevel=2
-            )
+        chosen, every = {block.index for block in blocks}, edit.sites.layers
+        layers = [path for path, i in {**every.in_blocks, **every.outside}.items() if i in chosen]
+        if left_out := [path for path in layers if not f"{path}.".startswith(tuple(scaled))]:
+            names = ", ".join(dict.fromkeys(re.sub(NUMBER, "*", path) for path in left_out))
+            warnings.warn(f"ssf leaves {len(left_out)} of {len(layers)} layers as they are: {names}", stacklevel=2)

@@ -11,8 +11,7 @@ from torch.overrides import TorchFunctionMode
 from petune.base.errors import AttachError
 from petune.injector.hooks.keys_values import MASKINGS
 from petune.injector.hooks.torch_attention import in_steps
-from petune.sites.operations import MULTI_HEAD, SDPA, SDPA_ARGUMENTS
-from petune.sites.recorder import PRODUCTS
+from petune.sites.operations import MULTI_HEAD, PRODUCTS, SDPA, SDPA_ARGUMENTS
 from petune.sites.sums import ADDITIONS, DIFFERENCES, MIXES, MULTIPLICATIONS, PRODUCTS_ADDED
 
 CHOICES = MASKINGS | {"where", "__setitem__", "index_fill", "index_fill_", "tril", "triu"}

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from petune.injector.hooks.prompt_slot import PromptSlot
-from petune.sites.operations import MULTI_HEAD, SDPA, SDPA_ARGUMENTS
-from petune.sites.recorder import PRODUCTS
+from petune.sites.operations import MULTI_HEAD, PRODUCTS, SDPA, SDPA_ARGUMENTS
 
 NUMBERING = {"arange", "linspace"}
 

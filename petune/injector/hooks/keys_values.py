@@ -21,8 +21,7 @@ from petune.base.errors import AttachError
 from petune.injector.hooks.base import Holder, first_tensor, in_dtype_of, is_failure, to_channels_last
 from petune.injector.hooks.replaced_forward import ReplacedForward
 from petune.injector.hooks.torch_attention import in_steps
-from petune.sites.operations import MULTI_HEAD, SDPA, SDPA_ARGUMENTS
-from petune.sites.recorder import PRODUCTS
+from petune.sites.operations import MULTI_HEAD, PRODUCTS, SDPA, SDPA_ARGUMENTS
 from petune.sites.site import Layout
 from petune.sites.sums import ADDITIONS
 

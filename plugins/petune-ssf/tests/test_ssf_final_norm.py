@@ -40,5 +40,5 @@ def test_a_norm_that_adds_to_its_weight_is_not_merged():
 def test_layers_that_stay_as_they_are_are_named():
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.VisionTransformer(16, 8, 1, 2, 24, 48, num_classes=3)
-    with pytest.warns(UserWarning, match=r"ssf leaves 1 of 5 layers as they are: .*self_attention\.out_proj"):
+    with pytest.warns(UserWarning, match=r"ssf leaves 2 of 6 layers as they are: .*in_proj_weight, .*out_proj$"):
         petune.attach(model, "ssf")
