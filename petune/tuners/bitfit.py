@@ -23,7 +23,8 @@ class BitFit(petune.Tuner[BitFitConfig]):
     patch embedding and final norm. ViT-B/16: 102,912.
 
     Differs from the paper: nothing. All layers count, the patch embedding too. Biases are recognized by what they are,
-    not by a part of their name: a `relative_position_bias_table` is not one. Neither is a single number of a
+    not by a part of their name: what a linear layer, a convolution or a norm takes as its bias is one, by any name, and
+    a `relative_position_bias_table` is not. Neither is a single number of a
     contrastive loss, such as SigLIP's `logit_bias`: it shifts all logits alike and belongs to no layer. Of petune's
     methods only `full` trains it, and CLIP's `logit_scale`.
     """
@@ -32,7 +33,10 @@ class BitFit(petune.Tuner[BitFitConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Unfreeze every bias vector that the forward uses."""
-        edit.train(edit.used(bias for module in edit.backbone() for bias in biases_of(module)))
+        backbone = edit.backbone()
+        taken = [getattr(module, name) for module, name in edit.sites.layers.biases if module in {*backbone}]
+        named = [bias for module in backbone for bias in biases_of(module)]
+        edit.train(edit.used(dict.fromkeys([*named, *taken])))
 
 
 def biases_of(module: nn.Module) -> list[nn.Parameter]:

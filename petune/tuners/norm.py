@@ -23,8 +23,9 @@ class Norm(petune.Tuner[NormConfig]):
     Trains: g and b of every normalization, in place; merging keeps them.
     Parameters: 4·D per block (two norms), 2·D for the final one. ViT-B/16: 38,400.
 
-    Differs from the paper: every kind of normalization trains, not LayerNorm alone. The running statistics of a
-    BatchNorm stay as they are, as everything frozen does.
+    Differs from the paper: every kind of normalization trains, not LayerNorm alone, also one that is a function
+    (`F.layer_norm` with parameters of a block). The running statistics of a BatchNorm stay as they are, as everything
+    frozen does.
     """
 
     recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
@@ -37,8 +38,10 @@ class Norm(petune.Tuner[NormConfig]):
             *(n for tower in sites.towers for n in tower.norms),
         ]
         known = {module for norm in found for module in norm.modules}
-        norms = [module for module in edit.backbone() if is_norm(module) or module in known]
-        trained = dict.fromkeys(p for module in norms for p in module.parameters())
+        backbone = edit.backbone()
+        norms = [module for module in backbone if is_norm(module) or module in known]
+        bare = [getattr(module, name) for module, name in sites.layers.norms if module in {*backbone}]
+        trained = dict.fromkeys([*(p for module in norms for p in module.parameters()), *bare])
         edit.train(edit.used(trained))
         own = ((b.path, {p for module in b.own_modules for p in module.parameters()}) for b in sites.blocks)
         bare = [path for path, parameters in own if parameters.isdisjoint(trained)]

@@ -60,6 +60,14 @@ class FunctionalNorms(Plain):
         return x + self.mlp(F.layer_norm(x, (D,), self.w2))
 
 
+class WrittenOut(FunctionalNorms):
+    """The norms are arithmetic of the block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn((x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) * self.w1)
+        return x + self.mlp((x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) * self.w2)
+
+
 class MlpsInSeries(Plain):
     """The second MLP reads the sum that the first one is added to."""
 
@@ -144,9 +152,16 @@ def test_norms_of_any_class_train() -> None:
     assert {*att.tuned} == gains | {"norm.weight", "norm.bias"}
 
 
+def test_norms_that_are_functions_train() -> None:
+    att = petune.attach(Vit(FunctionalNorms), "norm", example=IMAGE)
+    assert {*att.tuned} == {f"blocks.{i}.w{k}" for i in (0, 1) for k in (1, 2)} | {"norm.weight", "norm.bias"}
+    last = petune.attach(Vit(FunctionalNorms), "norm", example=IMAGE, blocks="last:1")
+    assert {*last.tuned} == {"blocks.1.w1", "blocks.1.w2", "norm.weight", "norm.bias"}
+
+
 def test_blocks_without_a_norm_that_trains_are_named() -> None:
     with pytest.warns(UserWarning, match=r"norm trains nothing in 2 of 2 blocks \(blocks\.0, …\)"):
-        petune.attach(Vit(FunctionalNorms), "norm", example=IMAGE)
+        petune.attach(Vit(WrittenOut), "norm", example=IMAGE)
 
 
 def test_a_frozen_block_that_shares_modules_with_one_that_trains_is_named() -> None:

@@ -75,6 +75,25 @@ def test_bitfit_does_not_train_the_numbers_of_a_contrastive_loss() -> None:
     assert tuned.keys() == {f"tower.{key}" for key in petune.attach(tiny(), "bitfit").tuned}
 
 
+def test_bitfit_trains_biases_by_any_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.b1 = nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.zeros(D))
+            self.g, self.b2, self.gate = nn.Parameter(torch.ones(D)), nn.Parameter(torch.zeros(D)), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gate(F.layer_norm(F.linear(x, self.weight, self.b1), (D,), self.g, bias=self.b2))
+
+    model = tiny()
+    for block in model.blocks:
+        block.mlp = Named()
+    tuned = petune.attach(model, "bitfit").tuned
+    assert {key for key in tuned if ".mlp." in key} == {
+        f"blocks.{i}.mlp.{name}" for i in (0, 1) for name in ("b1", "b2", "gate.bias")
+    }
+
+
 class Merge(nn.Module):
     """Merge 2 × 2 tokens."""
 
