@@ -86,6 +86,7 @@ def advise(attachment: Attachment) -> None:
     warn_of_trained_though_frozen(attachment.model, attachment.sites, attachment.name, trained)
     _warn_of_layers_outside_blocks(attachment)
     _warn_of_further_norms(attachment)
+    _warn_of_norms_between(attachment)
     _warn_of_unadapted_mlps(attachment)
 
 
@@ -177,6 +178,24 @@ def _warn_of_further_norms(attachment: Attachment) -> None:
         warnings.warn(
             f"{attachment.name} leaves norms after the last block of {sites.model} as they are: {', '.join(left)}. To "
             "train them, name them with the heads: head=[…]",
+            stacklevel=5,
+        )
+
+
+def _warn_of_norms_between(attachment: Attachment) -> None:
+    """Warn of norms between blocks, if a method trains the norms of the block before and not these.
+
+    A method with adapters at norms says itself where it has none.
+    """
+    sites = attachment.sites
+    trained = {id(p) for p in attachment.edit_log.unfrozen}
+    acts = {b.index for b in sites.blocks if trained & {id(p) for norm in b.norms for p in norm.enter.parameters()}}
+    between = [path for path, index in sites.layers.norms_between.items() if index in acts]
+    left = [path for path in between if not any(is_within(key, path) for key in attachment.tuned)]
+    if left and sites.chosen_from is None:
+        warnings.warn(
+            f"{attachment.name} leaves norms between the blocks of {sites.model} as they are: "
+            f"{shortened(left, MAX_SHOWN)}. norm and full train them",
             stacklevel=5,
         )
 

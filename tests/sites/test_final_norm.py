@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -240,3 +241,47 @@ def test_norms_that_a_method_leaves_are_named() -> None:
     with pytest.warns(UserWarning, match=r"leaves norms after the last block of Ends as they are: norms\.0\."):
         petune.attach(Ends(in_a_row=2).eval(), FinalNormOnly(petune.TunerConfig()))
     petune.attach(Ends(in_a_row=2, depth=1).eval(), "adaptformer", bottleneck=2)  # edits no norm, so it names none
+
+
+class Parts(nn.Module):
+    """Two parts of two blocks: the first ends with a norm, and the second begins with one that is a function."""
+
+    image_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        vit = timm.create_model(
+            "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=3
+        )
+        self.embed, self.first, self.second = vit.patch_embed, vit.blocks[:2], vit.blocks[2:]
+        self.between, self.gain, self.norm, self.head = (
+            nn.LayerNorm(24),
+            nn.Parameter(torch.ones(24)),
+            vit.norm,
+            vit.head,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_BND = self.between(self.first(self.embed(x)))
+        x_BND = nn.functional.rms_norm(x_BND, (24,), self.gain)
+        return self.head(self.norm(self.second(x_BND)).mean(1))
+
+
+def test_norms_between_blocks_train_or_are_named() -> None:
+    between = {"between": 1, "gain": 1}
+    assert petune.find_sites(Parts()).layers.norms_between == between
+    assert {"between.weight", "between.bias", "gain"} <= petune.attach(Parts(), "norm").tuned.keys()
+    for method, options in (("ssf", {}), ("partial", {"num_blocks": 3})):
+        with pytest.warns(UserWarning, match=rf"^{method} leaves .* as they are: between, gain\b"):
+            petune.attach(Parts(), method, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        petune.attach(Parts(), "partial", num_blocks=2)  # leaves the block before these norms, too
+        petune.attach(Parts(), "adaptformer", bottleneck=2)
+        petune.attach(Parts(), "ssf", blocks="last:2")
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_ln_tuning_reaches_norms_between_blocks() -> None:
+    tuned = petune.attach(Parts(), "peft:ln_tuning").tuned
+    assert any(key.startswith("between.") for key in tuned)

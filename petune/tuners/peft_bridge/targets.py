@@ -68,7 +68,9 @@ def _sites_of(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
 def _layer_norms(edit: petune.Edit) -> list[petune.Site]:
     blocks = edit.sites.require_blocks()
     final = dict.fromkeys(norm for tower in edit.sites.towers for norm in tower.norms)
-    norms = [*(norm for block in blocks for norm in block.norms), *final]
+    paths = {path for path, i in edit.sites.layers.norms_between.items() if i in {block.index for block in blocks}}
+    between = [site for module in edit.backbone() if paths and (site := edit.site(module)).path in paths]
+    norms = [*(norm for block in blocks for norm in block.norms), *between, *final]
     known = [site for site in norms if isinstance(site.module, nn.LayerNorm)]
     trainable = [site for site in known if site.module.weight is not None]  # the last norm of Qwen3 has none
     if not trainable:
