@@ -189,12 +189,13 @@ def _warn_of_norms_between(attachment: Attachment) -> None:
     """
     sites = attachment.sites
     trained = {id(p) for p in attachment.edit_log.unfrozen}
-    acts = {b.index for b in sites.blocks if trained & {id(p) for norm in b.norms for p in norm.enter.parameters()}}
+    of_norms = {b.index: {id(p) for norm in b.norms for p in norm.enter.parameters()} for b in sites.blocks}
+    acts = {index for index, own in of_norms.items() if own and own <= trained}  # bitfit trains the biases alone
     between = [path for path, index in sites.layers.norms_between.items() if index in acts]
     left = [path for path in between if not any(is_within(key, path) for key in attachment.tuned)]
     if left and sites.chosen_from is None:
         warnings.warn(
-            f"{attachment.name} leaves norms between the blocks of {sites.model} as they are: "
+            f"{attachment.name} leaves norms outside the blocks of {sites.model} as they are: "
             f"{shortened(left, MAX_SHOWN)}. norm and full train them",
             stacklevel=5,
         )

@@ -277,6 +277,7 @@ def test_norms_between_blocks_train_or_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         petune.attach(Parts(), "partial", num_blocks=2)  # leaves the block before these norms, too
+        petune.attach(Parts(), "bitfit")
         petune.attach(Parts(), "adaptformer", bottleneck=2)
         petune.attach(Parts(), "ssf", blocks="last:2")
 
