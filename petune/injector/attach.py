@@ -68,6 +68,7 @@ def attach(
         keep_original: Keep a copy of the values that will train (classifier, unfrozen backbone), so that `disable` and
             `detach` give the model back bit for bit. False saves the memory: a whole model for `full`.
         input_size: (channels, height, width), for a model that does not state its input size; with frames for videos.
+            The first attachment on a model decides.
         example: What the forward takes, if that is not one image; see `petune.find_sites`. It is saved with the adapter
             as shapes. The first attachment on a model decides.
         head: The modules that are heads, if they are others than petune finds: a dotted path, a module of the model, a
@@ -79,13 +80,13 @@ def attach(
         SiteNotFound: The model, or a block, has no site that the tuner needs.
         DeadSite: The forward never uses an adapter, or no gradient reaches it: the output does not depend on its block.
         AttachError: Something else is in the way. After any of these, the model is as it was.
-        UsageError: `sites` is given, and also `example` or `head`; or both `example` and `input_size`; or `head` and
-            train_head=False.
+        UsageError: `sites` is given, and also `input_size`, `example` or `head`; or both `example` and `input_size`;
+            or `head` and train_head=False.
         UnknownName: There is no such method.
         PluginError: The method's package is broken.
         ConfigError: An option is unknown or has a wrong value, or the model has no such `blocks`.
     """
-    _check_together(sites, example, head, train_head)
+    _check_together(sites, input_size, example, head, train_head)
     return attach_tuner(
         model,
         method,
@@ -170,8 +171,10 @@ def _attach_named(edit: Edit, tuner: Tuner[Any]) -> None:
         raise AttachError(f"{edit.name}: {why_method_fails(edit.model, error)}") from error
 
 
-def _check_together(sites: Sites | None, example: Any, head: HeadChoice | None, train_head: bool) -> None:
-    for name, value in (("example", example), ("head", head)):
+def _check_together(
+    sites: Sites | None, input_size: Sequence[int] | None, example: Any, head: HeadChoice | None, train_head: bool
+) -> None:
+    for name, value in (("input_size", input_size), ("example", example), ("head", head)):
         if sites is not None and value is not None:
             raise UsageError(f"petune.attach: give sites or {name}, not both. find_sites takes {name}, too")
     if head is not None and not train_head:

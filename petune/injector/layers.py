@@ -35,6 +35,7 @@ class LayerFinder:
         self.others = added_to(model)
         self._shared = sites.shared_with_left_out()
         self._recorded: dict[nn.Module, Call] | None = None
+        self._earlier: set[nn.Module] | None = None
 
     def linear_layers(self, site: Site, *, pointwise: bool, transposed: bool = False) -> tuple[Site, ...]:
         """See `Edit.linear_layers`."""
@@ -114,7 +115,7 @@ class LayerFinder:
 
     def forget(self) -> None:
         """Drop the recorded forward, which holds every activation of one image."""
-        self._recorded = None
+        self._recorded = self._earlier = None
 
     def _before_chosen(self) -> set[nn.Module]:
         """Return the modules that run before the blocks that the option `blocks` chose, if it leaves out the first.
@@ -124,9 +125,11 @@ class LayerFinder:
         given = self.sites.given.blocks
         if self.sites.chosen_from is None or self.sites.blocks[0].index == given[0].index:
             return set()
-        calls = record_calls(self.model, self.sites.input_spec, self.model.modules())
-        start = calls[self.sites.blocks[0].enter].start
-        return {module for module, call in calls.items() if call.stop < start} - modules_of(self.sites.blocks)
+        if self._earlier is None:
+            calls = record_calls(self.model, self.sites.input_spec, self.model.modules())
+            start = calls[self.sites.blocks[0].enter].start
+            self._earlier = {m for m, call in calls.items() if call.stop < start} - modules_of(self.sites.blocks)
+        return self._earlier
 
     def _matrices(self) -> list[nn.Module]:
         return [m for m in self.backbone() if _is_matrix(m)]

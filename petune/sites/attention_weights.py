@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from petune.sites.operations import MULTI_HEAD, SDPA
+from petune.sites.operations import MULTI_HEAD, SDPA, SDPA_ARGUMENTS
 from petune.sites.site import Block
 
 
@@ -76,7 +76,7 @@ class _WeightRecorder(TorchFunctionMode):
         if name == MULTI_HEAD:
             return self._multi_head(func, args, kwargs)
         if name == SDPA:
-            self._add(_weights_of(*args, **kwargs))
+            self._add(_weights_of(**dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs))
         result = func(*args, **kwargs)
         if name == "softmax" and isinstance(result, Tensor):
             self._add(result)
@@ -96,9 +96,9 @@ class _WeightRecorder(TorchFunctionMode):
 
 
 def _weights_of(
-    query_BHND: Tensor,
-    key_BHND: Tensor,
-    value_BHND: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -106,10 +106,10 @@ def _weights_of(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """Return the weights of `torch.nn.functional.scaled_dot_product_attention`, (B, H, N, N)."""
-    if is_causal or enable_gqa or query_BHND.ndim != 4 or query_BHND.is_nested:
+    if is_causal or enable_gqa or query.ndim != 4 or query.is_nested:
         return None
-    scale = 1 / math.sqrt(query_BHND.shape[-1]) if scale is None else scale
-    logits_BHNN = query_BHND.float() @ key_BHND.float().transpose(-2, -1) * scale
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    logits_BHNN = query.float() @ key.float().transpose(-2, -1) * scale
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         logits_BHNN = logits_BHNN.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:

@@ -38,7 +38,7 @@ def is_changed(trace: Trace, y: Tensor, sums: Sequence[Addition], block: Call) -
     while waiting and len(seen) < MAX_OPERATIONS:
         x, changed = waiting.pop(0)
         if any(add.result is x for add in sums):
-            return changed
+            return changed or id(x) in trace.overwritten
         if (id(x), changed) not in seen:
             seen.add((id(x), changed))
             waiting += [(source, changed or by_function) for source, by_function in _sources(trace, x, block)]

@@ -46,8 +46,8 @@ def find_sites(
 ) -> Sites:
     """Find the blocks, norms and head of any Vision Transformer, by structure and not by name.
 
-    The model is run in eval mode, on the meta device if possible: once to see its calls, and once to see if the output
-    depends on the final norm. If that leaves open which tokens are patches, it is run on two images of noise too. Its
+    The model is run in eval mode, on the meta device if possible: once to see its calls, and again for what that leaves
+    open, such as whether the output depends on a norm, which tokens are patches, or what size its images have. Its
     weights, modes and the random state are not changed.
 
     Args:
@@ -161,8 +161,10 @@ def _calls_outside(trace: Trace, others: Iterable[str]) -> list[Call]:
 
     def opens(norm: Call) -> bool:
         path, x = inside[id(norm)], norm.input
+        if not is_norm(norm):
+            return False
         is_first = not any(c.start < norm.start and inside[id(c)] == path and not norm.within(c) for c in layers)
-        return is_norm(norm) and is_first and x is not None and addition_to(trace, x, norm.stop) is None
+        return is_first and x is not None and addition_to(trace, x, norm.stop) is None
 
     return [c for c in trace.calls if id(c) not in inside or opens(c)]
 
@@ -268,7 +270,7 @@ def _final_norm(trace: Trace, blocks_end: int, head: Site | None, calls: Sequenc
         trace: The forward.
         blocks_end: When the last block is left.
         head: The classifier.
-        calls: Those that read the last block.
+        calls: Those among which it is looked for.
     """
     norms = _norms_between(trace, blocks_end, head, calls)
     if not norms:
@@ -283,7 +285,7 @@ def _final_norm(trace: Trace, blocks_end: int, head: Site | None, calls: Sequenc
 
 
 def _norm_site(trace: Trace, norm: Call) -> Site:
-    dim = next((p.numel() for p in norm.module.parameters()), norm.width)
+    dim = max((p.numel() for p in norm.module.parameters()), default=norm.width)  # Dynamic Tanh has a scalar, too
     return make_site("norm", norm, norm, dim, trace.model_name)
 
 

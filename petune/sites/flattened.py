@@ -8,7 +8,7 @@ keep the last dimension count.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,8 +69,18 @@ class FlattenRecorder:
             call.output = None if call.output is None else self._tokens(call.output)
         for add in trace.additions:
             add.operands, add.result = tuple(map(self._tokens, add.operands)), self._tokens(add.result)
+        trace.elementwise = {
+            id(y): (y, tuple(map(self._tokens, operands)))
+            for y, operands in ((self._tokens(y), operands) for y, operands in trace.elementwise.values())
+        }
+        trace.reshaped, trace.functions = (self._pairs(made) for made in (trace.reshaped, trace.functions))
         trace.casts = [(self._tokens(x), self._tokens(y)) for x, y in trace.casts]
         trace.scalings = [(self._tokens(x), self._tokens(y)) for x, y in trace.scalings]
+
+    def _pairs(self, made: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return what some operations made of what, with tokens; not a tensor that was only flattened."""
+        pairs = ((self._tokens(y), self._tokens(x)) for y, x in made.values())
+        return {id(y): (y, x) for y, x in pairs if y is not x}
 
     def _tokens(self, x: Tensor) -> Tensor:
         if id(x) not in self._same and id(x) in self._flat:

@@ -32,7 +32,7 @@ class Flow:
     def add(self, name: str, inputs: list[Tensor], results: list[Tensor]) -> None:
         """Record an operation of this name."""
         changed = results
-        if _is_in_place(name):
+        if is_in_place(name):
             changed = results or inputs[:1]  # __setitem__ returns nothing
             changed = [*changed, *(t._base for t in changed if t._base is not None)]
         if changed:
@@ -93,7 +93,8 @@ class Flow:
         return number if reference is not None and reference() is tensor else UNKNOWN
 
 
-def _is_in_place(name: str) -> bool:
+def is_in_place(name: str) -> bool:
+    """Return whether an operation of this name changes its first tensor."""
     if name.endswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in {"__invert__", "__index__", "__int__"})
     return name.endswith("_")

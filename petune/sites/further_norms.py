@@ -84,7 +84,7 @@ def with_effect(model: nn.Module, spec: InputSpec, modules: Iterable[nn.Module])
     """Return those of some modules whose outputs reach what the model returns.
 
     A graph does not tell: tokens that are cut away later are in it, too. So each module returns NaN once, which also
-    passes layers of zeros. None is returned if the model does not run like that.
+    passes layers of zeros. No module is returned if the model does not run like that.
     """
     try:
         return [module for module in modules if _passes_nan(model, spec, module)]

@@ -37,7 +37,7 @@ def channel_axis(call: Call) -> int | None:
         axis = _axis_by_kind(leaf.module, weights) if y.ndim in IMAGES and y.ndim == x.ndim else None
         if axis is not None and y.shape != x.shape and y.shape[axis] != x.shape[axis]:
             axis = None  # after a pooling the channels are as many as before
-        axis = axis or _axis_by_width(x, y, leaf.module, weights[0].numel()) or _axis_by_strides(x, y)
+        axis = axis or _axis_by_width(x, y, leaf.module, max(p.numel() for p in weights)) or _axis_by_strides(x, y)
         if axis is not None:
             return axis
     return None

@@ -9,4 +9,9 @@ MATRIX_LAYERS = {"linear", "addmm"}
 CONVOLUTIONS = {f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)}
 AFFINE_NORMS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 """Norms that take a scale and a bias."""
+ACTIVATIONS = {
+    "relu", "gelu", "silu", "mish", "elu", "celu", "selu", "leaky_relu", "prelu", "relu6", "softplus", "tanh",
+    "sigmoid", "hardtanh", "hardswish", "hardsigmoid", "softsign",
+}  # fmt: skip
+"""Functions of single values; one that changes its tensor in place has `_` after its name."""
 JOINS = {"cat", "concat", "concatenate"}

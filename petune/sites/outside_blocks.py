@@ -27,12 +27,12 @@ def layers_outside_blocks(trace: Trace, blocks: Sequence[Block], head: Site | No
     inside = modules_with_place(blocks, head)
     begun = [(c.start, block.index) for block in blocks for c in trace.calls if c.module is block.enter]
     of_blocks = calls_of(trace, blocks)
-    end = _end_of_encoder(trace, blocks, of_blocks)
+    span = start_of(trace, blocks), _end_of_encoder(trace, blocks, of_blocks)
     attentions = {id(a.call): a for a in find_attentions(trace)}
     found: dict[str, int] = {}
     for call in trace.calls:
         is_other = call.module not in inside
-        if is_other and _is_layer(call, attentions.get(id(call)), of_blocks, (start_of(trace, blocks), end)):
+        if is_other and _is_layer(call, attentions.get(id(call)), of_blocks, span):
             around = largest_without(call, of_blocks)
             if around is not None:
                 found[around.path] = last_before(begun, around.start)
@@ -82,17 +82,15 @@ def _is_linear_between(call: Call, of_blocks: Sequence[Call]) -> bool:
 
 def _bare_products(trace: Trace, blocks: Sequence[Block], of_blocks: Sequence[Call]) -> list[tuple[int, str]]:
     """Return times and keys of the products with parameters that modules around blocks compute between these."""
-    first = min((c.stop for c in of_blocks), default=0)
+    first, end = min((c.stop for c in of_blocks), default=0), end_of(trace, blocks)
     around = {id(call) for block in of_blocks for call in block.ancestors()}
-    return [
-        (time, key) for time, call, key in trace.products if first < time < end_of(trace, blocks) and id(call) in around
-    ]
+    return [(time, key) for time, call, key in trace.products if first < time < end and id(call) in around]
 
 
 def _end_of_encoder(trace: Trace, blocks: Sequence[Block], of_blocks: Sequence[Call]) -> int:
     """Return when the innermost module that calls all blocks is left; when the last block is, if that is the model."""
-    around = (c for c in of_blocks[-1].ancestors() if all(other.within(c) for other in of_blocks))
-    encoder = next(around, trace.root) if of_blocks else trace.root
+    around = (c for last in of_blocks[-1:] for c in last.ancestors() if all(other.within(c) for other in of_blocks))
+    encoder = next(around, trace.root)
     return end_of(trace, blocks) if encoder is trace.root else encoder.stop
 
 

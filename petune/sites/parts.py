@@ -38,9 +38,14 @@ class Mlp:
     @property
     def is_tokenwise(self) -> bool:
         """True if no kernel mixes neighboring tokens, and it is no gate that is computed from all tokens."""
-        matrices = [c for c in (*self.first.subtree(), *self.last.subtree()) if c.has_matrix]
+        matrices = [c for c in self._calls() if c.has_matrix]
         mixes = any(is_conv(c) and not is_pointwise(c.module) for c in matrices)
         return not mixes and not _is_gate(self.first, matrices)
+
+    def _calls(self) -> list[Call]:
+        """Return the calls from its first to its last one, such as a convolution between two matrices."""
+        around = next((c for c in (self.first, *self.first.ancestors()) if self.last.within(c)), self.first)
+        return [c for c in around.subtree() if self.first.start <= c.start and c.stop <= self.last.stop]
 
 
 def _is_gate(call: Call, matrices: list[Call]) -> bool:

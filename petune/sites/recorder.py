@@ -21,21 +21,17 @@ from petune.sites.flow import Flow
 from petune.sites.forward import dry_forward, forward_of, tensors_in
 from petune.sites.hooked import removed_after
 from petune.sites.input_spec import InputSpec
-from petune.sites.operations import AFFINE_NORMS, JOINS, MATRIX_LAYERS, MULTI_HEAD, PRODUCTS, SDPA
+from petune.sites.operations import ACTIVATIONS, AFFINE_NORMS, JOINS, MATRIX_LAYERS, MULTI_HEAD, PRODUCTS, SDPA
 from petune.sites.parameter_uses import uses_in
 from petune.sites.random_numbers import is_large, watch_draws
 from petune.sites.returned import logits_in, tensors_returned
-from petune.sites.sums import MULTIPLICATIONS, SumRecorder, renamed
+from petune.sites.sums import DIVISIONS, MULTIPLICATIONS, SumRecorder, renamed
 from petune.sites.trace import AttentionOp, Call, Trace, is_vector
 from petune.sites.unsuitable import why_method_fails
 
 FUSED_ATTENTION = {SDPA, MULTI_HEAD, "_native_multi_head_attention"}
 NORMALIZATIONS = AFFINE_NORMS | {
     "normalize", "norm", "vector_norm", "rsqrt", "var", "std", "var_mean", "std_mean",
-}  # fmt: skip
-ACTIVATIONS = {
-    "relu", "relu_", "gelu", "silu", "silu_", "mish", "elu", "celu", "selu", "leaky_relu", "prelu", "relu6", "softplus",
-    "tanh", "tanh_", "sigmoid", "sigmoid_", "hardtanh", "hardswish", "hardsigmoid", "softsign",
 }  # fmt: skip
 SQUASHINGS = {"tanh", "erf"}
 COPIES = {"contiguous", "clone"}
@@ -198,10 +194,10 @@ class _OperationRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").partition(".")[0]  # torch.ops.aten.add.Tensor
         returned = func(*args, **(kwargs or {}))
-        result = renamed(name, args, returned)
+        result = renamed(name, args, kwargs or {}, returned)
         self.sums.record(name, args, kwargs or {}, result)
-        if name in MULTIPLICATIONS and isinstance(result, Tensor):
-            self._record_scaling(args, result)
+        if name in MULTIPLICATIONS | DIVISIONS and isinstance(result, Tensor):
+            self._record_scaling(name, args, result)
         if self.calls.stack:
             tensors = list(tensors_in((args, kwargs or {})))
             self.flow.add(name, tensors, list(tensors_in(returned)))
@@ -223,8 +219,10 @@ class _OperationRecorder(TorchFunctionMode):
             return
         if name in RESHAPES | COPIES or (name in JOINS and len(tensors) == 1):  # as by pack of einops
             self.trace.reshaped[id(result)] = result, tensors[0]
-        elif name in NORMALIZATIONS | ACTIVATIONS and result.shape == tensors[0].shape:
+        elif name.removesuffix("_") in NORMALIZATIONS | ACTIVATIONS and result.shape == tensors[0].shape:
             self.trace.functions[id(result)] = result, tensors[0]
+            if result._base is not None:  # a view, as `renamed` returns of what changed in place
+                self.trace.overwritten.add(id(tensors[0]))
 
     def _record_product(self, name: str, tensors: list[Tensor], result: Any) -> None:
         """Record that a parameter enters a product; follow a parameter that an operation takes alone."""
@@ -239,12 +237,19 @@ class _OperationRecorder(TorchFunctionMode):
         for key, use in uses_in(name, args, kwargs, self.calls.own):
             self.trace.uses.setdefault(key, {}).setdefault(use, self.calls.tick())
 
-    def _record_scaling(self, args: Any, result: Tensor) -> None:
-        """Record a product of a tensor with a number, or with a vector that has one number for each channel."""
+    def _record_scaling(self, name: str, args: Any, result: Tensor) -> None:
+        """Record a product of a tensor with a number, or with a vector that has one number for each channel.
+
+        So is a tensor that is divided by one, and not one that divides.
+        """
         tensors = [a for a in args if isinstance(a, Tensor)]
         scaled = [t for t in tensors if t.shape == result.shape]
         factors = [t for t in tensors if t.shape != result.shape]
-        if len(scaled) == 1 and all(is_vector(factor) for factor in factors):
+        if (
+            len(scaled) == 1
+            and (scaled[0] is args[0] or name in MULTIPLICATIONS)
+            and all(is_vector(factor) for factor in factors)
+        ):
             self.trace.scalings.append((scaled[0], result))
             if all(id(factor) in self.calls.own for factor in factors):
                 self.trace.own_scalings.append((scaled[0], result))

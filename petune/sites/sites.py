@@ -33,8 +33,8 @@ class Sites:
             unknown.
         layers_before_head: Paths of layers between backbone and heads (for pooled features, necks, decoders); they
             count as backbone.
-        outside_blocks: Paths of attentions and MLPs that are in no block and no head, each with the index of the last
-            block that begins before its last call.
+        outside_blocks: Paths of attentions, MLPs and linear layers, and keys of single parameters in products, that are
+            in no block and no head, each with the index of the last block that begins before its last call.
         further_norms: Norms between blocks and heads that are not `norm`; see `Tower.norms`.
         layers: All layers of the blocks, and norms between these, also those that are at no site.
         chosen_head: Paths of the heads that `find_sites` was given; None if it found the heads itself.

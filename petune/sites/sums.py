@@ -9,27 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.sites.flow import is_in_place
+from petune.sites.operations import ACTIVATIONS
 from petune.sites.trace import TOKENS, Addition, Trace, is_vector
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
+DIVISIONS = {"div", "div_", "divide", "divide_", "true_divide", "true_divide_", "__truediv__", "__itruediv__"}
 CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
-IN_PLACE = {"add_", "sub_", "__iadd__", "__isub__"}
 DIFFERENCES = {"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"}
 PRODUCTS_ADDED = {"addcmul", "addcmul_"}
 MIXES = {"lerp", "lerp_"}
 REVERSED_DIFFERENCES = {"rsub", "__rsub__"}
 STACKS = {"stack"}
 REDUCTIONS = {"sum", "mean"}
-ELEMENTWISE = ADDITIONS | DIFFERENCES | REVERSED_DIFFERENCES | PRODUCTS_ADDED | MULTIPLICATIONS | CASTS
+ELEMENTWISE = ADDITIONS | DIFFERENCES | REVERSED_DIFFERENCES | PRODUCTS_ADDED | MULTIPLICATIONS | DIVISIONS | CASTS
+IN_PLACE = {name for name in ELEMENTWISE | MIXES if is_in_place(name)} | {f"{name}_" for name in ACTIVATIONS}
 
 
-def renamed(name: str, args: Sequence[Any], result: Any) -> Any:
-    """Return tokens that `x += y` has changed as another tensor on the same memory: Python then calls that x.
+def renamed(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
+    """Return tokens that an operation such as `x += y` has changed as another tensor on the same memory.
 
-    Before and after it, x is not the same stream.
+    Python then calls that x. Before and after it, x is not the same stream.
     """
-    is_changed = name in IN_PLACE and bool(args) and result is args[0]
+    is_changed = bool(args) and result is args[0] and (name in IN_PLACE or bool(kwargs.get("inplace")))
     if not is_changed or isinstance(result, nn.Parameter) or result.ndim not in TOKENS:
         return result
     return result.view(result.shape)

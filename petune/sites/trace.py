@@ -175,6 +175,7 @@ class Trace:
         elementwise: What sums, products and casts returned, by identity, with their operands of the same shape.
         reshaped: What reshapes and copies returned, by identity, with what they took: the same values in order.
         functions: What norms and activations returned, by identity, with what they took.
+        overwritten: Tensors that an activation has changed in place, by identity.
         products: When a parameter entered a matrix product, the innermost call around that, and the parameter's key.
         uses: For each parameter's key what it is in operations with other tensors (`Use`), with the first time of each.
         batch_size: Number of samples.
@@ -192,6 +193,7 @@ class Trace:
     elementwise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
     reshaped: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     functions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    overwritten: set[int] = field(default_factory=set)
     products: list[tuple[int, Call, str]] = field(default_factory=list)
     uses: dict[str, dict[str, int]] = field(default_factory=dict)
     batch_size: int = 0

@@ -255,3 +255,14 @@ def test_a_part_of_the_model_computes_with_the_trained_values() -> None:
     with torch.no_grad():
         next(iter(att.tuned.values())).add_(1.0)
     assert not torch.allclose(att.model.forward_features(X), before)
+
+
+def test_each_of_some_parameters_needs_a_mask_also_where_one_is_fixed() -> None:
+    model = tiny()
+    fixed, free = model.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc2.weight
+    fixed.requires_grad_(False)
+    masks = [torch.ones_like(p, dtype=torch.bool) for p in (fixed, free, free)]
+    with pytest.raises(AttachError, match="3 masks"):
+        petune.attach(model, Custom(lambda edit: edit.train([fixed, free], mask=masks)))
+    att = petune.attach(model, Custom(lambda edit: edit.train([fixed, free], mask=masks[:2])))
+    assert att.counts.tuned == free.numel()

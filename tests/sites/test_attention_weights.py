@@ -67,7 +67,8 @@ def test_fused_attention_has_the_weights_that_it_applies(mask: str | None) -> No
     class Attend(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             bias = {"float": torch.arange(25.0).view(5, 5), "bool": torch.eye(5).bool(), None: None}[mask]
-            return nn.functional.scaled_dot_product_attention(x, x.flip(2), torch.eye(5), bias, scale=0.3)
+            q_and_k = {"query": x, "key": x.flip(2), "value": torch.eye(5)}
+            return nn.functional.scaled_dot_product_attention(**q_and_k, attn_mask=bias, scale=0.3)
 
     class Block:
         index, parts = 0, {}

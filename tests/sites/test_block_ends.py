@@ -20,6 +20,11 @@ def root_mean_square(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True))
 
 
+def overwritten(z: Tensor) -> Tensor:
+    z.relu_()
+    return z
+
+
 CHANGED: dict[str, tuple[End, Callable[[Tensor], Tensor]]] = {
     "layer_norm": (lambda x, y: F.layer_norm(x + y, (D,)), lambda z: z.mean(-1)),
     "scaled stream": (lambda x, y: F.layer_norm(1.2 * x + y, (D,)), lambda z: z.mean(-1)),
@@ -28,6 +33,11 @@ CHANGED: dict[str, tuple[End, Callable[[Tensor], Tensor]]] = {
     "lerp": (lambda x, y: F.normalize(torch.lerp(x, y, 0.3), dim=-1), lambda z: z.norm(dim=-1) - 1),
     "rsqrt": (lambda x, y: root_mean_square(1.2 * x + y), lambda z: z.square().mean(-1) - 1),
     "activation": (lambda x, y: F.relu(1.2 * x + y), lambda z: z.clamp(max=0)),
+    "relu_": (lambda x, y: (x + y).relu_(), lambda z: z.clamp(max=0)),
+    "in place": (lambda x, y: F.relu(x + y, inplace=True), lambda z: z.clamp(max=0)),
+    "in place, not returned": (lambda x, y: overwritten(x + y), lambda z: z.clamp(max=0)),
+    "of flattened tokens": (lambda x, y: F.relu((x + y).flatten(0, 1)).view(x.shape), lambda z: z.clamp(max=0)),
+    "divided branch": (lambda x, y: F.layer_norm(x + y / 4, (D,)), lambda z: z.mean(-1)),
 }
 """Ends of a block, from stream and MLP's output; and what is zero for what they return."""
 
@@ -69,7 +79,7 @@ def test_what_an_adapter_adds_is_changed_with_the_sum(name: str) -> None:
 
 def test_blocks_say_which_of_them_scale_what_the_mlp_returns() -> None:
     scaling = [name for name, (end, _) in CHANGED.items() if petune.find_sites(model_of(end)).blocks[0].scales_mlp]
-    assert scaling == ["scaled branch", "lerp"]
+    assert scaling == ["scaled branch", "lerp", "divided branch"]
 
 
 KEPT: dict[str, End] = {

@@ -76,7 +76,7 @@ def test_the_text_tower_of_a_detector_is_no_head(name: str) -> None:
     heads = {"class_head", "box_head", "objectness_head"} & dict(model.named_children()).keys()
     assert {path for path, _ in sites.head.named_modules} == heads
     assert [len(tower.blocks) for tower in sites.towers] == [2, 2]
-    with pytest.warns(UserWarning, match="text_model"):
+    with pytest.warns(UserWarning, match="text_projection"):
         petune.attach(model, "linear", sites=sites)
     assert {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == heads
 

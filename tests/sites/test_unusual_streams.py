@@ -112,6 +112,15 @@ def test_squashing_norms_are_norms(norm: Callable[[], nn.Module]) -> None:
     assert set(att.tuned) == expected | {"norm.weight", "norm.bias"}
 
 
+def test_a_squashing_final_norm_is_as_wide_as_its_tokens() -> None:
+    model = model_of(pre_norm, DynamicTanh)
+    model.norm = DynamicTanh()
+    sites = petune.find_sites(model)
+    assert (sites.norm.path, sites.norm.dim) == ("norm", 24)
+    att = petune.attach(model, "ssf")
+    assert {p.numel() for key, p in att.tuned.items() if key.startswith("petune_ssf_norm")} == {24}
+
+
 def test_one_sum_around_attention_and_mlp_has_no_stream_between_them() -> None:
     model = model_of(one_residual)
     assert all("mid" not in block.parts for block in petune.find_sites(model).blocks)
@@ -130,3 +139,9 @@ def test_an_adapter_is_refused_where_a_scale_would_hide_it(method: str) -> None:
     with pytest.raises(petune.AttachError, match=r"blocks\.0\) of .* multiplies its MLP's output"):
         petune.attach(model_of(post_norm_scaled), method)
     petune.attach(model_of(post_norm_scaled), "adaptformer", variant="paddle_study")
+
+
+def test_sites_have_an_input_size_already() -> None:
+    model = tiny()
+    with pytest.raises(petune.UsageError, match="input_size"):
+        petune.attach(model, "linear", sites=petune.find_sites(model), input_size=(3, 16, 16))

@@ -105,6 +105,15 @@ def test_an_adapter_does_not_add_where_its_output_would_be_scaled() -> None:
     petune.attach(model, "adaptformer", variant="paddle_study")
 
 
+@pytest.mark.parametrize(
+    "add",
+    [lambda x, y, g: x.addcmul_(y, g), lambda x, y, g: x.lerp_(y, 0.3), lambda x, y, g: torch.Tensor.subtract_(x, -y)],
+)
+def test_a_residual_sum_in_place_is_recognized(add: Add) -> None:
+    blocks = petune.find_sites(model_of(lambda block: Block(block, add))).blocks
+    assert [block.mid.where for block in blocks] == ["input of blocks.0.norm2", "input of blocks.1.norm2"]
+
+
 class InPlace(Block):
     """`x += y`, as many write it."""
 
