@@ -10,7 +10,7 @@ from torch import Tensor
 
 from petune.sites.layouts import is_conv, is_pointwise, width_after, width_of
 from petune.sites.norms import is_norm, norm_inside
-from petune.sites.parts import addition_to, num_matrices, scaled
+from petune.sites.parts import addition_to, forms_of, num_matrices
 from petune.sites.trace import Call, Trace
 
 
@@ -57,10 +57,10 @@ def _projects(trace: Trace, call: Call, branch: Call) -> bool:
     """Return whether a call maps each token that leaves an attention by one matrix, and adds none of its inputs."""
     if branch.output is None or not call.maps_tokens or num_matrices(call) != 1:
         return False
-    reads = any(call.input is form for form in (branch.output, *scaled(trace, branch.output)))
+    reads = any(call.input is form for form in forms_of(trace, branch.output))
     mixes = any(is_conv(c) and not is_pointwise(c.module) for c in call.subtree() if c.has_matrix)
     sums = [add for add in trace.additions if call.start < add.time < call.stop]
-    adds = any(add.other(x) is not None for add in sums for x in call.inputs)
+    adds = any(add.adds_to(x) for add in sums for x in call.inputs)
     return reads and not mixes and not adds and not any(is_norm(c) for c in call.subtree())
 
 
@@ -76,20 +76,20 @@ def _sum_with_input(trace: Trace, call: Call) -> Tensor | None:
         y = norm.input
     if x is None or y is None:
         return None
-    forms = [x, *scaled(trace, x)]
+    forms = forms_of(trace, x)
     sums = [add for add in trace.additions if add.result is y and call.start < add.time < call.stop]
-    return y if any(add.other(form) is not None for add in sums for form in forms) else None
+    return y if any(add.adds_to(form) for add in sums for form in forms) else None
 
 
 def _last_addend(trace: Trace, call: Call, total: Tensor) -> Call | None:
     """Return the last layer with a matrix in a call of which what it returns is added in a sum, perhaps scaled."""
     operands = {id(x) for add in trace.additions if add.result is total for x in add.operands}
     made = ((c, c.output) for c in call.inner() if c.has_matrix and c.output is not None)
-    added = [c for c, y in made if any(id(form) in operands for form in (y, *scaled(trace, y)))]
+    added = [c for c, y in made if any(id(form) in operands for form in forms_of(trace, y))]
     return added[-1] if added else None
 
 
 def _sums_others(trace: Trace, call: Call, branch: Call) -> bool:
     """Return whether a call holds another attention that reads the same tokens as `branch`."""
     others = (op.call for op in trace.attention_ops if op.call.within(call) and not op.call.within(branch))
-    return any(c.input is branch.input for other in others for c in (other, *other.ancestors()) if c is not call)
+    return any(c.input is branch.input for other in others for c in other.lineage() if c is not call)

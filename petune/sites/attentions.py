@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from petune.sites.layouts import width_after
+from petune.sites.named_heads import holds_matrix
 from petune.sites.parts import Mlp, find_mlp, mid_of
 from petune.sites.trace import Call, Trace
 
@@ -53,7 +54,7 @@ def find_attentions(trace: Trace) -> list[TracedAttention]:
     """Return all attentions of a traced model, in order, each with its MLP if it has one."""
     found: dict[int, TracedAttention] = {}
     for op in trace.attention_ops:
-        around = [c for c in (op.call, *op.call.ancestors()) if _has_matrix(c) and c is not trace.root]
+        around = [c for c in op.call.lineage() if holds_matrix(c.module) and c is not trace.root]
         call = next((c for c in around if c.maps_tokens), None)
         if call is not None and op.is_over_tokens(call):
             attention = found.setdefault(id(call), TracedAttention(call, op.time))
@@ -70,18 +71,14 @@ def find_attentions(trace: Trace) -> list[TracedAttention]:
 
 def _reads_input(attention: TracedAttention, branch: Call) -> bool:
     """Return whether an attention is one of those in a branch that read what enters it."""
-    around = (c for c in (attention.call, *attention.call.ancestors()) if c.within(branch) and c is not branch)
+    around = (c for c in attention.call.lineage() if c.within(branch) and c is not branch)
     return any(c.input is branch.input for c in around)
-
-
-def _has_matrix(call: Call) -> bool:
-    return any(p.ndim >= 2 for p in call.module.parameters())
 
 
 def _pair_of(trace: Trace, attention: TracedAttention, attentions: list[TracedAttention]) -> Pair | None:
     """Walk outwards to the smallest call that has an MLP after the attention and before the next one."""
     inner: Call | None = None
-    for call in (attention.call, *attention.call.ancestors()):
+    for call in attention.call.lineage():
         after = attention.end if inner is None else inner.stop
         summed = [] if inner is None else [a for a in attentions if _reads_input(a, inner)]
         others = (a.call.start for a in attentions if a.call.start > attention.call.start and a not in summed)
@@ -89,7 +86,7 @@ def _pair_of(trace: Trace, attention: TracedAttention, attentions: list[TracedAt
         mlp = find_mlp(trace, call, inner, after, next_start, attention.dim)
         if mlp is not None:
             # else the next block, of convolutions, as after an attention in a ResNet
-            is_own = mlp.is_tokenwise or mid_of(trace, mlp, int(after)) is not None
+            is_own = mlp.is_tokenwise or mid_of(trace, mlp, after) is not None
             return Pair(attention, mlp, call, [a for a in attentions if a.call.within(call)]) if is_own else None
         before = None if inner is None else _mlp_before(trace, call, inner, attention)
         if before is not None and [a for a in attentions if a.call.within(call)] == [attention]:

@@ -104,7 +104,7 @@ def _joins_windows(trace: Trace, pair: Pair) -> bool:
     if x.ndim == 4 and x.shape[1] != x.shape[-1] and y.shape == x.movedim(-1, 1).shape:
         return False  # transformers' VitDet puts the channels second again
     later = [add for add in trace.additions if add.time > pair.mlp.last.stop]
-    sums = [add.result for add in later if add.other(x) is not None]
+    sums = [add.result for add in later if add.adds_to(x)]
     if any(add.result is s for add in sums_of(trace, y, pair.scope) for s in sums):
         return False  # a further branch, such as a second MLP, is added
     if changes_sum(trace, mid, pair.mlp, pair.scope) or is_reshaped(trace, y, later):
@@ -203,7 +203,7 @@ def _without_mlp(trace: Trace, attention: TracedAttention, attentions: list[Trac
     scopes = [a.pair.scope for a in attentions if a.pair is not None]
     if any(scope.keeps_shape and attention.call.within(scope) for scope in scopes):
         return None
-    around = [c for c in (attention.call, *attention.call.ancestors()) if c is not trace.root and c.keeps_shape]
+    around = [c for c in attention.call.lineage() if c is not trace.root and c.keeps_shape]
     alone = [c for c in around if sum(a.call.within(c) for a in attentions) == 1]
     if not alone or (attends_to_others(attention.call) and not any(_is_added(trace, c) for c in alone)):
         return None  # what other tokens are pooled into, as by open_clip's attentional pooling
@@ -214,7 +214,7 @@ def _without_mlp(trace: Trace, attention: TracedAttention, attentions: list[Trac
 
 def _is_added(trace: Trace, call: Call) -> bool:
     """Return whether what leaves a call is a sum, or is added to something."""
-    return any(add.result is call.output or add.other(call.output) is not None for add in trace.additions)
+    return any(add.result is call.output or add.adds_to(call.output) for add in trace.additions)
 
 
 def _mlp_is_fused(attention: TracedAttention, block: Call) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 
 from petune.sites.layouts import is_conv
 from petune.sites.norms import is_norm, norms_of_input
-from petune.sites.parts import addition_to, scaled
+from petune.sites.parts import addition_to, forms_of
 from petune.sites.trace import Call, Trace
 
 
@@ -46,7 +46,7 @@ def _makes_stream(trace: Trace, norm: Call, last: Call, scope: Call) -> bool:
     if norms_of_input(trace, last):
         return False  # Keel: the branch has a norm of its own, too
     addition = None if y is None else addition_to(trace, y, last.stop, scope.stop)
-    return addition is not None and x is not None and any(addition.other(z) is not None for z in (x, *scaled(trace, x)))
+    return addition is not None and x is not None and any(addition.adds_to(z) for z in forms_of(trace, x))
 
 
 def _norm_by_order(
@@ -66,7 +66,7 @@ def _opens_branch(trace: Trace, norm: Call, scope: Call) -> bool:
     addition = None if x is None else addition_to(trace, x, norm.stop, scope.stop)
     if addition is None or y is None:
         return False
-    return all(addition.other(form) is None for form in (y, *scaled(trace, y)))  # an RMSNorm scales its input
+    return all(not addition.adds_to(form) for form in forms_of(trace, y))  # an RMSNorm scales its input
 
 
 def _belongs_to_layer(trace: Trace, norm: Call) -> bool:

@@ -105,7 +105,7 @@ def _adds(trace: Trace, mlp: Mlp, block: Call) -> bool:
     entered = [mlp.first.input, *(norm.input for norm in norms_before(trace, mlp.first))]
     later = [add.result for add in trace.additions if mlp.last.stop < add.time < block.stop]
     sums = [add for result in later for add in sums_of(trace, result, block)]
-    return any(add.other(x) is not None for add in sums for x in entered)
+    return any(add.adds_to(x) for add in sums for x in entered)
 
 
 def _norms_of(trace: Trace, block: Call, branches: Sequence[Branch]) -> list[Call | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from petune.sites.named_heads import has_matrix
+from petune.sites.named_heads import holds_matrix
 from petune.sites.site import Block
 from petune.sites.trace import Addition, Call, Trace
 
@@ -69,7 +69,7 @@ def last_residual(trace: Trace, blocks: Sequence[Block]) -> Addition | None:
 
 def outermost_after(trace: Trace, time: int) -> list[Call]:
     """Return the calls with a matrix after a time, without those inside another one."""
-    after = [c for c in trace.calls if c.start > time and has_matrix(c.module)]
+    after = [c for c in trace.calls if c.start > time and holds_matrix(c.module)]
     return [c for c in after if c.parent is None or c.parent.start <= time]
 
 

@@ -73,7 +73,7 @@ def _norms_outside(trace: Trace, blocks: Sequence[Block], head: Site | None, cal
     """Return the norms of tokens, and not of pooled features, in no block, no head and no other attention."""
     inside = modules_with_place(blocks, head)
     of_blocks = calls_of(trace, blocks)
-    around = [c for op in trace.attention_ops for c in (op.call, *op.call.ancestors())]
+    around = [c for op in trace.attention_ops for c in op.call.lineage()]
     pooling = {id(c) for c in around if not any(block.within(c) for block in of_blocks)}
     norms = [c for c in calls if is_norm(c) and c.module not in inside and c.input is not None]
     tokens = [c for c in norms if c.input is not None and c.holds_tokens(c.input)]

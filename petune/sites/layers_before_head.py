@@ -8,7 +8,7 @@ from torch import nn
 
 from petune.sites.encoder import attends_to_others, encoder_of, end_of, start_of
 from petune.sites.head import predicts_classes
-from petune.sites.named_heads import classifiers_of, has_matrix
+from petune.sites.named_heads import classifiers_of, holds_matrix
 from petune.sites.site import Block, Site, modules_in
 from petune.sites.trace import Trace
 
@@ -74,7 +74,7 @@ def _inner_backbones(model: nn.Module, trace: Trace) -> list[nn.Module]:
 
 def _outermost(module: nn.Module, path: str, is_known: Condition) -> list[str]:
     """Return the paths of the largest modules without a known layer, that have a matrix."""
-    if not has_matrix(module) or (is_known(module) and _is_layer(module)):
+    if not holds_matrix(module) or (is_known(module) and _is_layer(module)):
         return []
     layers = [m for m in module.modules() if _is_layer(m)]
     if path and not any(is_known(m) for m in layers):

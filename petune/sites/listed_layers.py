@@ -80,7 +80,7 @@ def _further_mlps(trace: Trace, pair: Pair) -> list[Call]:
     path = _list_of(pair, pair.mlp.last)
     calls = [c for c in pair.scope.children if c.start > pair.mlp.last.stop and is_within(c.path, path)]
     calls = [c for c in calls if num_matrices(c) > 1 and not any(a.call.within(c) for a in pair.inside)]
-    return [c for c in calls if any(add.other(c.output) is not None for add in trace.additions)]
+    return [c for c in calls if any(add.adds_to(c.output) for add in trace.additions)]
 
 
 def _norms(trace: Trace, scope: Call, first: Call, branches: Sequence[tuple[str, Call, Call]]) -> list[Call | None]:

@@ -42,7 +42,7 @@ def named_by_library(model: nn.Module, trace: Trace, blocks_start: int) -> Named
     return None
 
 
-def has_matrix(module: nn.Module) -> bool:
+def holds_matrix(module: nn.Module) -> bool:
     """Return whether a module has a weight matrix or kernel, which a norm has not."""
     return any(p.ndim >= 2 for p in module.parameters())
 
@@ -80,7 +80,7 @@ def _outside_of_base(module: nn.Module) -> list[nn.Module]:
     if base is None:
         return []
     outside = [child for child in module.children() if child is not base]
-    return [head for child in outside for head in _modules_in(child) if has_matrix(head)]
+    return [head for child in outside for head in _modules_in(child) if holds_matrix(head)]
 
 
 def _is_before(trace: Trace, module: nn.Module, time: int) -> bool:

@@ -118,7 +118,7 @@ def _is_pooled_map(call: Call, of_blocks: Sequence[Call]) -> bool:
 def largest_without(call: Call, of_blocks: Sequence[Call]) -> Call | None:
     """Return the largest call around another one that holds no block; None if a block holds it."""
     largest: Call | None = None
-    for around in (call, *call.ancestors()):
+    for around in call.lineage():
         if any(around.within(block) for block in of_blocks):
             return None
         if any(block.within(around) for block in of_blocks):

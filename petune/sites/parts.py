@@ -44,7 +44,7 @@ class Mlp:
 
     def _calls(self) -> list[Call]:
         """Return the calls from its first to its last one, such as a convolution between two matrices."""
-        around = next((c for c in (self.first, *self.first.ancestors()) if self.last.within(c)), self.first)
+        around = next((c for c in self.first.lineage() if self.last.within(c)), self.first)
         return [c for c in around.subtree() if self.first.start <= c.start and c.stop <= self.last.stop]
 
 
@@ -61,7 +61,7 @@ def holds_one_row(x: Tensor) -> bool:
     return sum(side > 1 for side in x.shape[1:]) <= 1
 
 
-def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, before: float, dim: int) -> Mlp | None:
+def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: int, before: float, dim: int) -> Mlp | None:
     """Return the MLP in a module.
 
     An MLP keeps the shape of its tokens and has two weight matrices or more. If no call does that, the last two
@@ -90,7 +90,7 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
     return mlp or (None if attention is None else _widening_mlp(scope, calls, before, dim))
 
 
-def _choose(trace: Trace, mlps: list[Mlp], after: float) -> Mlp:
+def _choose(trace: Trace, mlps: list[Mlp], after: int) -> Mlp:
     """Return the first MLP that works on single tokens and adds to a stream; else the first that adds, or of all.
 
     Others may follow before the next attention, such as the convolutions of the next stage. Of those for single tokens
@@ -101,7 +101,7 @@ def _choose(trace: Trace, mlps: list[Mlp], after: float) -> Mlp:
         mlps: All of them, the largest first.
         after: When the attention ended.
     """
-    adding = [mlp for mlp in mlps if mid_of(trace, mlp, int(after)) is not None]
+    adding = [mlp for mlp in mlps if mid_of(trace, mlp, after) is not None]
     tokenwise = [mlp for mlp in adding if mlp.is_tokenwise]
     return max(tokenwise, key=lambda mlp: _num_values(mlp.first), default=(adding or mlps)[0])
 
@@ -161,17 +161,13 @@ def unwrap(trace: Trace, call: Call, dim: int) -> Mlp:
 def is_residual(trace: Trace, call: Call) -> bool:
     """Return whether a call adds its input to what it computes."""
     x, y = call.input, call.output
-    return x is not None and any(add.result is y and add.other(x) is not None for add in trace.additions)
+    return x is not None and any(add.result is y and add.adds_to(x) for add in trace.additions)
 
 
 def _adds_its_input(trace: Trace, call: Call) -> bool:
     """Return whether all that a call adds inside is its input; a norm may follow (OneFormer's decoder)."""
     inside = {add.operands: add for add in trace.additions if call.start < add.time < call.stop}
-    return (
-        call.input is not None
-        and len(inside) == 1
-        and all(add.other(call.input) is not None for add in inside.values())
-    )
+    return call.input is not None and len(inside) == 1 and all(add.adds_to(call.input) for add in inside.values())
 
 
 def mid_of(trace: Trace, mlp: Mlp, attention_end: int, block_end: float = math.inf) -> Call | None:
@@ -230,20 +226,25 @@ def is_scaled(trace: Trace, mlp: Mlp, block: Call) -> bool:
         same += [cast for cast in casts if not any(cast is known for known in same)]
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
     is_added, is_added_as_it_is = (
-        any(add.other(form) is not None for add in later for form in forms) for forms in (scaled(trace, y), same)
+        any(add.adds_to(form) for add in later for form in forms) for forms in (scaled(trace, y), same)
     )
     return is_added and not is_added_as_it_is
 
 
+def forms_of(trace: Trace, stream: Tensor) -> list[Tensor]:
+    """Return a tensor, and what it was only scaled or cast to."""
+    return [stream, *scaled(trace, stream)]
+
+
 def addition_to(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Addition | None:
     """Return what first adds to the stream, or to the stream after scaling, between two times."""
-    forms = [stream, *scaled(trace, stream)]
+    forms = forms_of(trace, stream)
     additions = (add for form in forms for add in _additions(trace, form, after, before))
     return next(additions, None)
 
 
 def _additions(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> list[Addition]:
-    return [add for add in trace.additions if after < add.time < before and add.other(stream) is not None]
+    return [add for add in trace.additions if after < add.time < before and add.adds_to(stream)]
 
 
 def parallel_mid(trace: Trace, block: Call, mlp: Mlp | None = None) -> Call | None:
@@ -253,7 +254,7 @@ def parallel_mid(trace: Trace, block: Call, mlp: Mlp | None = None) -> Call | No
     """
     x = block.input
     sums = sums_of(trace, block.output, block)
-    if x is None or not any(add.other(x) is not None for add in sums):
+    if x is None or not any(add.adds_to(x) for add in sums):
         return None
     parts = [add.result for add in sums if add.result is not block.output]
     if any(part is y for part in parts for c in block.inner() for y in c.inputs):
@@ -277,7 +278,7 @@ def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, attention_e
     That is a sum: x + mlp(norm(attn(x))) has no stream between the two.
     """
     additions = [add for add in trace.additions if add.result is block.output and add.time > mlp.last.stop]
-    adds_input = block.input is not None and any(add.other(block.input) is not None for add in additions)
+    adds_input = block.input is not None and any(add.adds_to(block.input) for add in additions)
     if norm is None or norm.input is None or norm.start < attention_end or not adds_input:
         return None
     is_sum = is_reshaped(trace, norm.input, trace.additions)
@@ -288,7 +289,7 @@ def reaches_output(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     """Return whether the stream at `mid`, with one thing added, only leaves the block: as it is, or normalized."""
     y = block.output
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
-    sums = [add for add in later if add.other(mid.input) is not None]
+    sums = [add for add in later if add.adds_to(mid.input)]
     norm = _last_norm(trace, block)
     if norm is None:
         made = next((time for add in sums if (time := _joins(trace, add, y, block)) is not None), None)
@@ -297,13 +298,13 @@ def reaches_output(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     if y is None or made is None:
         return False
     reads = any(any(x is y for x in c.inputs) for c in block.inner() if c.start > made)  # a further branch, as in SAM
-    return not reads and not any(add.other(y) is not None for add in later if add.time > made)
+    return not reads and not any(add.adds_to(y) for add in later if add.time > made)
 
 
 def _joins(trace: Trace, add: Addition, y: Tensor | None, block: Call) -> int | None:
     """Return when a sum becomes the block's output, after further additions to what nothing in the block reads."""
     while add.result is not y:
-        following = (s for s in trace.additions if add.time < s.time < block.stop and s.other(add.result) is not None)
+        following = (s for s in trace.additions if add.time < s.time < block.stop and s.adds_to(add.result))
         later = next(following, None)
         if later is None or any(add.result is x for c in block.inner() for x in c.inputs):
             return None
@@ -319,9 +320,9 @@ def changes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     norm, stream = _last_norm(trace, block), mid.input
     if stream is None:
         return False
-    forms = [stream, *scaled(trace, stream)]
+    forms = forms_of(trace, stream)
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
-    sums = [add for add in later if any(add.other(form) is not None for form in forms)]
+    sums = [add for add in later if any(add.adds_to(form) for form in forms)]
     if sums and _is_read_by_mlp(trace, sums[0], block):
         return True
     if norm is None:
@@ -330,7 +331,7 @@ def changes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
         return True
     # a further branch follows, of whose sum the same is true
     norms = [c for c in block.inner() if is_norm(c) and c.start < norm.start and c.start > mlp.last.stop]
-    alone = [add for add in sums if not any(s.other(add.result) is not None for s in later)]
+    alone = [add for add in sums if not any(s.adds_to(add.result) for s in later)]
     return any(add.result is c.input and trace.maker(norm.input) is None for add in alone for c in norms)
 
 
@@ -364,7 +365,7 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
     addition = None if stream is None else addition_to(trace, stream, mlp.last.stop)
     if stream is None or addition is None:
         return None
-    forms = [stream, *scaled(trace, stream)]
+    forms = forms_of(trace, stream)
     addends = [x for x in addition.operands if not any(x is form for form in forms)]
     makers = [c for c in trace.calls if any(c.output is x for x in addends)]
     once = [c for c in makers if sum(c.module is other.module for other in trace.calls) == 1]

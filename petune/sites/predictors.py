@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from petune.sites.chosen_head import outermost
-from petune.sites.named_heads import NamedModules, has_matrix
+from petune.sites.named_heads import NamedModules, holds_matrix
 from petune.sites.trace import Call, Trace
 
 
@@ -34,7 +34,7 @@ def further_predictors(
     found = outermost([(path, m) for path, m in inside if id(m) in returning])
     built = [_build_of(head) for head in _single(heads) if _changes_width(head)]
     built += [_build_of(m) for _, m in found if _changes_width(m)]
-    return outermost([*found, *((path, m) for path, m in inside if has_matrix(m) and _build_of(m) in built)])
+    return outermost([*found, *((path, m) for path, m in inside if holds_matrix(m) and _build_of(m) in built)])
 
 
 def twin_predictors(trace: Trace, heads: Iterable[nn.Module], blocks_end: int) -> NamedModules:
@@ -57,7 +57,7 @@ def have_twins(model: nn.Module, heads: Iterable[nn.Module]) -> bool:
 
 def is_read(trace: Trace, call: Call) -> bool:
     """Return whether a later module with a matrix is called with what a call returned."""
-    later = (c for c in trace.calls if c.start > call.stop and has_matrix(c.module))
+    later = (c for c in trace.calls if c.start > call.stop and holds_matrix(c.module))
     return any(x is call.output for c in later for x in c.inputs)
 
 
@@ -70,7 +70,7 @@ def _returned_for_tokens(trace: Trace) -> Iterator[Call]:
     returned |= {id(x) for add in trace.additions if id(add.result) in returned for x in add.operands}
     for call in trace.calls:
         y = call.output
-        if y is None or id(y) not in returned or y.ndim != 3 or not has_matrix(call.module) or call.parent is None:
+        if y is None or id(y) not in returned or y.ndim != 3 or not holds_matrix(call.module) or call.parent is None:
             continue
         of_tokens = call.maps_tokens and call.input is not None and call.input.is_floating_point()
         if of_tokens and y.shape[-1] != call.width and not is_read(trace, call):

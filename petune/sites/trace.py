@@ -118,6 +118,11 @@ class Call:
             yield call
             call = call.parent
 
+    def lineage(self) -> Iterator[Call]:
+        """Yield this call, and the calls around it, innermost first."""
+        yield self
+        yield from self.ancestors()
+
     def within(self, other: Call) -> bool:
         """Return whether this call is `other` or happened inside it."""
         return other.start <= self.start and self.stop <= other.stop
@@ -125,17 +130,15 @@ class Call:
 
 @dataclass(eq=False)
 class Addition:
-    """One addition of two tensors."""
+    """One sum of tensors: usually of two; `torch.stack(…).sum(0)` adds several."""
 
     time: int
     operands: tuple[Tensor, ...]
     result: Tensor
 
-    def other(self, tensor: Tensor | None) -> Tensor | None:
-        """Return what was added to `tensor`, or None if `tensor` is no operand."""
-        if not any(o is tensor for o in self.operands):
-            return None
-        return next((o for o in self.operands if o is not tensor), None)
+    def adds_to(self, tensor: Tensor | None) -> bool:
+        """Return whether something else is added to `tensor`."""
+        return any(o is tensor for o in self.operands) and any(o is not tensor for o in self.operands)
 
 
 @dataclass(eq=False)

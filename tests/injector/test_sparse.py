@@ -264,5 +264,6 @@ def test_each_of_some_parameters_needs_a_mask_also_where_one_is_fixed() -> None:
     masks = [torch.ones_like(p, dtype=torch.bool) for p in (fixed, free, free)]
     with pytest.raises(AttachError, match="3 masks"):
         petune.attach(model, Custom(lambda edit: edit.train([fixed, free], mask=masks)))
-    att = petune.attach(model, Custom(lambda edit: edit.train([fixed, free], mask=masks[:2])))
+    with pytest.warns(UserWarning, match="frozen"):
+        att = petune.attach(model, Custom(lambda edit: edit.train([fixed, free], mask=masks[:2])))
     assert att.counts.tuned == free.numel()
