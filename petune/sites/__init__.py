@@ -9,7 +9,8 @@ In the order in which `find_sites` (find.py) asks them:
    attention_span.py and branch_norms.py find what is inside; branches.py, split_mlps.py, listed_layers.py and
    own_modules.py know blocks with several branches or without a module of their own.
 4. Heads: heads.py decides between chosen_head.py (the user's choice), named_heads.py (the library's), predictors.py and
-   head.py (what the trace shows); layers_before_head.py names what is between.
+   head.py (what the trace shows); towers_in_heads.py takes encoders out of them; layers_before_head.py names what is
+   between.
 5. The rest: grid.py and patch_order.py (patches), towers.py, final_norms.py, outside_blocks.py, own_layers.py.
 
 The result is plain data: site.py, sites.py.

@@ -51,7 +51,8 @@ class Flow:
         """Return for each target the spans that something that enters it was computed from.
 
         Args:
-            spans: Parts of the forward: the start of the call that each ends with, and its key.
+            spans: Parts of the forward: the start of the call that each ends with, and its key; 0 is the start of the
+                forward: the model's inputs.
             targets: Calls, by the times of their starts; 0 is the end of the forward: the model's outputs.
         """
         bits = {key: 1 << i for i, key in enumerate(spans.values())}
@@ -73,7 +74,8 @@ class Flow:
         return result
 
     def _leaving(self, spans: Mapping[int, int]) -> list[tuple[int, int, tuple[int, ...], bool]]:
-        return [(step, call, numbers, False) for step, call, numbers in self._left if call in spans]
+        given = [(step, 0, numbers, False) for step, numbers in [*self._entered.values()][:1] if 0 in spans]
+        return [*given, *((step, call, numbers, False) for step, call, numbers in self._left if call in spans)]
 
     def _entering(self, targets: Iterable[int]) -> list[tuple[int, int, tuple[int, ...], bool]]:
         entered = [(call, *self._entered[call]) for call in targets if call in self._entered]

@@ -15,6 +15,7 @@ from petune.sites.named_heads import NamedModules
 from petune.sites.new_weights import new_weights, placed_in_blocks
 from petune.sites.predictors import further_predictors, twin_predictors
 from petune.sites.site import Block, Site, modules_in, modules_of
+from petune.sites.towers_in_heads import without_towers
 from petune.sites.trace import Trace
 
 
@@ -39,12 +40,15 @@ def find_heads(model: nn.Module, trace: Trace, blocks: Sequence[Block], choice: 
     Found are what predicts, and what a checkpoint did not fill: random weights are useless unless they train.
     """
     head = predicting_modules(model, trace, blocks) if choice is None else head_at(model, choice)
+    new = _new_modules(model, blocks) if choice is None and head is not None else []
+    if choice is None and head is not None:
+        filled = outside_of(head_site(new, head.model), blocks) if new else blocks  # new encoders train
+        head = without_towers(trace, filled, head)
     before = find_layers_before_head(model, trace, outside_of(head, blocks), head)
     if choice is None and head is not None and before and not predicts_classes(trace):
         head = _with(head, further_predictors(model, trace, head.modules, before, modules_of(blocks)))
     if choice is None and head is not None and predicts_classes(trace):
         head = _with(head, twin_predictors(trace, head.modules, end_of(trace, blocks)))
-    new = _new_modules(model, blocks) if choice is None and head is not None else []
     known = modules_in([head]) if head is not None else set()
     is_extended = any(module not in known for _, module in new)
     if head is not None:
