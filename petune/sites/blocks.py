@@ -181,8 +181,8 @@ def _build_parallel_attentions(trace: Trace, pair: Pair) -> Found:
     mid = mid_of(trace, pair.mlp, pair.attention.call.stop)
     if mid is None or not reaches_output(trace, mid, pair.mlp, pair.scope):
         return pair.scope.start, bare
-    is_changed = changes_sum(trace, mid, pair.mlp, pair.scope)
-    return pair.scope.start, replace(_with_mid(bare, mid), changes_sum=is_changed)
+    block = replace(_with_mid(bare, mid), scales_mlp=is_scaled(trace, pair.mlp, pair.scope))
+    return pair.scope.start, replace(block, changes_sum=changes_sum(trace, mid, pair.mlp, pair.scope))
 
 
 Predicate = Callable[[Trace, Pair], bool]

@@ -286,24 +286,26 @@ def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, attention_e
 
 
 def reaches_output(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
-    """Return whether the stream at `mid`, with one thing added, only leaves the block: as it is, or normalized."""
+    """Return whether the stream at `mid`, with one thing added, only leaves the block: reshaped at most, or changed."""
     y = block.output
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
     sums = [add for add in later if add.adds_to(mid.input)]
+    if y is None or not sums:
+        return False
     norm = _last_norm(trace, block)
-    if norm is None:
-        made = next((time for add in sums if (time := _joins(trace, add, y, block)) is not None), None)
+    if changes_sum(trace, mid, mlp, block):
+        made: int | None = sums[0].time if norm is None else norm.start
     else:
-        made = norm.start if changes_sum(trace, mid, mlp, block) else None
-    if y is None or made is None:
+        made = next((time for add in sums if (time := _joins(trace, add, y, block)) is not None), None)
+    if made is None:
         return False
     reads = any(any(x is y for x in c.inputs) for c in block.inner() if c.start > made)  # a further branch, as in SAM
     return not reads and not any(add.adds_to(y) for add in later if add.time > made)
 
 
-def _joins(trace: Trace, add: Addition, y: Tensor | None, block: Call) -> int | None:
+def _joins(trace: Trace, add: Addition, y: Tensor, block: Call) -> int | None:
     """Return when a sum becomes the block's output, after further additions to what nothing in the block reads."""
-    while add.result is not y:
+    while not is_reshaped(trace, y, [add]):
         following = (s for s in trace.additions if add.time < s.time < block.stop and s.adds_to(add.result))
         later = next(following, None)
         if later is None or any(add.result is x for c in block.inner() for x in c.inputs):

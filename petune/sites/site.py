@@ -181,13 +181,16 @@ class Block(Site):
             return self.parts[role]
         several = [site.where for site in self.branches if site.role == role]
         missing = f"{len(several)} sites {role!r} ({', '.join(several)}), not one" if several else f"no site {role!r}"
+        if len(several) == 1:
+            missing = f"no site {role!r} that is called once: it calls {several[0]} several times"
         if role == "mid" and "mlp" not in self.parts and all(site.role != "mlp" for site in self.branches):
             missing += (
                 " (petune saw no MLP in it that is modules of its own: it may be fused with the attention, or experts)"
             )
         elif role == "mid":
             missing += (
-                " (petune saw no module after the attention that reads a stream to which the MLP's output is added"
+                " (petune saw no module after the attention that reads a stream to which the MLP's output is added, or "
+                "the block does not return that sum with its tokens in the same order"
             )
             missing += (
                 ")" if self.is_module else "; the block is no module, and factors of its parent are not followed)"

@@ -108,6 +108,40 @@ class Twofold(Block):
         return x + self.m[0](self.n[2](x)) + self.m[1](self.n[3](x))
 
 
+class Axial(Block):
+    """One attention is called for rows, then for columns of 4 × 4 tokens; the MLP takes rows."""
+
+    def __init__(self) -> None:
+        super().__init__(norms=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 4, D)
+        rows = rows + self.a[0](self.n[0](rows))
+        columns = rows.view(-1, 4, 4, D).transpose(1, 2).reshape(-1, 4, D)
+        columns = columns + self.a[0](self.n[1](columns))
+        return self.finished(columns.view(-1, 4, 4, D).transpose(1, 2).reshape(-1, 4, D)).view(x.shape)
+
+    def finished(self, rows: Tensor) -> Tensor:
+        return rows + self.m[0](self.n[2](rows))
+
+
+class AxialPostNorm(Axial):
+    def finished(self, rows: Tensor) -> Tensor:
+        return self.n[2](rows + self.m[0](rows))
+
+
+class AxialScaled(Axial):
+    def finished(self, rows: Tensor) -> Tensor:
+        return self.n[2](rows + 0.1 * self.m[0](rows))
+
+
+class AxialColumns(Axial):
+    """Returns its tokens in another order."""
+
+    def finished(self, rows: Tensor) -> Tensor:
+        return super().finished(rows).view(-1, 4, 4, D).transpose(1, 2).contiguous()
+
+
 class Parallel(Block):
     """Attention and MLP read the same, as in GPT-J and ViT-22B."""
 
@@ -209,6 +243,8 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "post-norm MLPs": lambda: Vit(TwoMlpsPostNorm),
     "MLP first": lambda: Vit(MlpFirst),
     "bare matrices": lambda: Vit(BareMatrices),
+    "axial": lambda: Vit(Axial),
+    "post-norm axial": lambda: Vit(AxialPostNorm),
     "parallel": lambda: Vit(Parallel),
     "parallel norms": lambda: Vit(ParallelNorms),
     "pooled": Pooled,

@@ -33,6 +33,12 @@ BRANCHES = {
         {"attn": "a.0", "mlp": "m.2 … m.3", "norm1": "n.0", "norm2": "n.2", "mid": "input of n.2"},
     ),
     "twofold": (["a.0", "a.1", "m.0", "m.1"], ["n.0", "n.1", "n.2", "n.3"], {"mid": "input of n.2"}),
+    "axial": (["a.0", "m.0"], ["n.0", "n.1", "n.2"], {"mlp": "m.0", "norm2": "n.2", "mid": "input of n.2"}),
+    "post-norm axial": (
+        ["a.0", "m.0"],
+        ["n.0", "n.1", "n.2"],
+        {"mlp": "m.0", "norm2": "n.2", "mid": "input of m.0"},
+    ),
     "parallel": (["a.0", "m.0"], ["n.0"], {"attn": "a.0", "mlp": "m.0", "norm1": "n.0", "mid": "input of n.0"}),
     "parallel norms": (
         ["a.0", "m.0"],
@@ -162,6 +168,42 @@ def test_an_adapter_reads_what_parallel_branches_read(name: str) -> None:
     model.norm.register_forward_pre_hook(lambda module, args: after.append(args[0]))
     model(IMAGES)
     torch.testing.assert_close(after[0] - before[0], adapter(entered[0]))
+
+
+@pytest.mark.parametrize("name", ["axial", "post-norm axial"])
+def test_an_adapter_reads_and_joins_the_stream_of_a_block_that_reshapes_its_last_sum(name: str) -> None:
+    model = models.build(name)
+    attachment = petune.attach(model, "adaptformer:bottleneck=2,blocks=[1]")
+    adapter = next(holder.adapter for holder in attachment.model.modules() if hasattr(holder, "adapter"))
+    nn.init.normal_(adapter.up.weight)
+    block, seen = model.blocks[1], list[torch.Tensor]()
+    block.register_forward_hook(lambda module, args, y: seen.extend([args[0], y]))
+    model(IMAGES)
+    with attachment.disabled():
+        mid = list[torch.Tensor]()
+        site = block.n[2] if name == "axial" else block.m[0]
+        site.register_forward_pre_hook(lambda module, args: mid.append(args[0]))
+        block(seen[0])
+        total = mid[0] + block.m[0](block.n[2](mid[0]) if name == "axial" else mid[0]) + adapter(mid[0])
+        expected = total if name == "axial" else block.n[2](total)
+    torch.testing.assert_close(seen[1], expected.view(seen[1].shape))
+
+
+def test_a_scaled_mlp_is_told_in_a_post_norm_block_with_two_attentions() -> None:
+    with pytest.raises(petune.AttachError, match="multiplies its MLP's output"):
+        petune.attach(models.Vit(models.AxialScaled).eval(), "adaptformer")
+
+
+def test_a_block_that_returns_its_tokens_in_another_order_has_no_stream_to_read() -> None:
+    model = models.Square(models.AxialColumns, -1)
+    model.stem = nn.Conv2d(3, models.D, 4, 4)
+    with pytest.raises(petune.SiteNotFound, match="with its tokens in the same order"):
+        petune.attach(model.eval(), "adaptformer")
+
+
+def test_an_attention_that_a_block_calls_twice_is_named() -> None:
+    with pytest.raises(petune.SiteNotFound, match=r"calls blocks\.0\.a\.0 several times"):
+        _ = petune.find_sites(models.build("axial")).blocks[0].attn
 
 
 def test_a_role_that_a_block_has_twice_is_named() -> None:
