@@ -15,7 +15,13 @@ from petune.backbones.clips import ClipForm, set_clip_form
 from petune.backbones.from_file import build_empty, has_values
 from petune.backbones.head import HeadKind, set_head
 from petune.backbones.input_channels import channel_settings, set_input_channels
-from petune.backbones.input_size import backbone_sites, square_input
+from petune.backbones.input_size import (
+    backbone_sites,
+    check_patch_size,
+    frames_option,
+    side_option,
+    square_input,
+)
 from petune.backbones.names import ALIASES, HUB, Alias, calls_user_code, is_other_library, resolve_name
 from petune.backbones.other_libraries import build_other_library
 from petune.backbones.quantize import BasePrecision, check_base_precision, quantize_backbone
@@ -139,6 +145,7 @@ def create_backbone(
     settings = channel_settings(name, settings, channels, is_timm=not is_other_library(name))
     if num_frames is not None:
         settings["num_frames"] = num_frames
+    _check_sizes(name, settings)
     source = _weights_source(name, alias, weights)
     file = None if source in {"none", HUB} else read_weights(Path(source))
     outputs = (initial_classes or num_classes) if source == "none" else num_classes
@@ -234,12 +241,13 @@ def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> in
     with quick_imports():
         import timm
 
-    if image_size is not None:
-        return image_size
     alias = resolve_name(name)
     settings = alias.options | options
-    if "img_size" in settings:
-        return int(settings["img_size"])
+    side = _check_sizes(name, settings)
+    if image_size is not None:
+        return image_size
+    if side is not None:
+        return side
     if is_other_library(name):
         with torch.device("meta"):
             model = build_other_library(name, 2, settings, pretrained=False)
@@ -253,12 +261,22 @@ def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> in
 
 def input_frames(name: str, options: dict[str, Any]) -> int | None:
     """Return the frames of the clips that a backbone takes; None if it takes images."""
+    _check_sizes(name, options)
     if "num_frames" in options:
-        return int(options["num_frames"])
+        return frames_option(options)
     if not is_other_library(name):
         return None
     with torch.device("meta"):
         return frames_of(build_other_library(name, 2, options, pretrained=False))
+
+
+def _check_sizes(name: str, settings: Mapping[str, Any]) -> int | None:
+    """Check the sizes in a backbone's settings; return the side of its input if `img_size` is among them."""
+    frames_option(settings)
+    side_option(settings, "image_size")
+    if not calls_user_code(name):  # a function of the user may mean something else by it
+        check_patch_size(settings)
+    return side_option(settings, "img_size")
 
 
 def _clip_form(model: nn.Module, num_frames: int) -> ClipForm:

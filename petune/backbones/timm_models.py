@@ -17,7 +17,7 @@ from petune.backbones.repository_files import damage_named
 from petune.base.errors import ConfigError, UnknownName, WeightsUnavailable
 from petune.base.hub import HubFile, check_weights_available, fetch_weights
 
-BUILD_ERRORS = (TypeError, AssertionError, ValueError, AttributeError)
+BUILD_ERRORS = (TypeError, AssertionError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError)
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation per channel."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from petune.backbones.timm_models import describe, set_statistics
+from petune.backbones.timm_models import BUILD_ERRORS, describe, set_statistics
 from petune.base.errors import ConfigError, UnknownName
 from petune.base.hub import HubFile, check_weights_available
 
@@ -50,7 +50,7 @@ def build_torchvision(name: str, num_classes: int, options: Mapping[str, Any], *
         arguments["num_classes"] = num_classes
     try:
         model: nn.Module = models.get_model(name, weights=weights, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except BUILD_ERRORS as error:
         raise ConfigError(f"cannot build torchvision:{describe(name, options)}: {error}") from error
     if weights is not None:
         preset = weights.transforms()

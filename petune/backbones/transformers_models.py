@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from petune.backbones.timm_models import build_timm_repository, describe, repository_architecture
+from petune.backbones.timm_models import BUILD_ERRORS, build_timm_repository, describe, repository_architecture
 from petune.backbones.transformers_videos import by_config_key
 from petune.backbones.transformers_weights import load_pretrained, quiet_transformers
 from petune.base.errors import ConfigError, MissingExtra, WeightsUnavailable, did_you_mean
@@ -123,7 +123,10 @@ def _build_transformers(
     images = getattr(config, "vision_config", None) or config
     options = by_config_key(images, options)
     _check_options(name, images, options)
-    images.update(dict(options))
+    try:
+        images.update(dict(options))
+    except Exception as error:  # some configs check types, with errors that huggingface_hub 0.30 does not have
+        raise _not_built(name, options, error) from error
     config.num_labels = num_classes
     # transformers fails on None, which a file leaves, if a config belongs to several models (DeiT)
     config.architectures = config.architectures or []
@@ -139,8 +142,12 @@ def _build_transformers(
     try:
         model = auto_class.from_config(config) if load is None else load(auto_class, name, config, offline)
         return _with_logits(model, num_classes, classifies=classifies)
-    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"cannot build {describe(f'hf:{name}', options)}: {' '.join(str(error).split())}") from error
+    except (*BUILD_ERRORS, ImportError) as error:
+        raise _not_built(name, options, error) from error
+
+
+def _not_built(name: str, options: Mapping[str, Any], error: Exception) -> ConfigError:
+    return ConfigError(f"cannot build {describe(f'hf:{name}', options)}: {' '.join(str(error).split())}")
 
 
 def _image_config(config: Any) -> Any:

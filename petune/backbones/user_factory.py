@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from petune.backbones.timm_models import describe
+from petune.backbones.timm_models import BUILD_ERRORS, describe
 from petune.base.errors import AttachError, ConfigError
 from petune.sites.logits import logits_of, synthetic_logits
 from petune.sites.sites import Sites
@@ -34,7 +34,7 @@ def build_with_factory(name: str, num_classes: int, options: Mapping[str, Any]) 
         arguments = _accepted(factory, {"num_classes": num_classes, **options})
         try:
             model = factory(**arguments)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        except BUILD_ERRORS as error:
             raise ConfigError(f"{describe(name, options)} failed: {error}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(

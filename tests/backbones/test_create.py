@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import petune
-from petune.backbones.create import Backbone, create_backbone
+from petune.backbones.create import Backbone, create_backbone, input_side
 from petune.base.errors import ConfigError
 
 
@@ -24,6 +24,39 @@ def test_the_image_size_is_the_input(name: str, options: dict[str, object], size
 def test_an_unknown_option_is_named() -> None:
     with pytest.raises(ConfigError, match="wat"):
         create_backbone("resnet18", weights="none", num_classes=3, options={"wat": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"img_size": [32, 48]}, "32×48, not square"),
+        ({"image_size": (32, 48)}, "32×48, not square"),
+        ({"img_size": "abc"}, "img_size is 'abc'"),  # timm's TypeError is also that of a model of any size
+        ({"img_size": -32}, "img_size is -32"),
+        ({"img_size": None}, "img_size is None"),
+        ({"img_size": 32, "patch_size": "abc"}, "patch_size is 'abc'"),
+        ({"img_size": 32, "patch_size": [8, 0]}, "patch_size is"),
+        ({"num_frames": "abc"}, "num_frames is 'abc'"),
+        ({"num_frames": 0}, "num_frames is 0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_before_anything_is_built(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_backbone("vit_tiny_patch16_224", weights="none", num_classes=3, options=options)
+    with pytest.raises(ConfigError, match=message):
+        input_side("vit_tiny_patch16_224", None, options)
+
+
+def test_a_square_may_be_given_by_both_sides() -> None:
+    options = {"img_size": [32, 32], "patch_size": [8, 16], "depth": 1}
+    assert input_side("vit_tiny_patch16_224", None, options) == 32
+    assert create_backbone("vit_tiny_patch16_224", weights="none", num_classes=3, options=options).image_size == 32
+
+
+@pytest.mark.parametrize("options", [{"depth": -1}, {"num_heads": 0}, {"embed_dim": -192}])
+def test_options_with_which_timm_fails_are_named(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"timm cannot build .* with {next(iter(options))}="):
+        create_backbone("vit_tiny_patch16_224", weights="none", num_classes=3, options=options)
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,12 @@ def test_weights_that_leave_parts_unfilled_are_refused(saved_vit: str) -> None:
     create_backbone(saved_vit, num_classes=3, weights="none", options={"num_hidden_layers": 4})
 
 
+@pytest.mark.parametrize("options", [{"num_attention_heads": 0}, {"hidden_size": "abc"}, {"hidden_act": "abc"}])
+def test_config_options_with_which_transformers_fails_are_named(saved_vit: str, options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"cannot build .* with {next(iter(options))}="):
+        create_backbone(saved_vit, weights="none", num_classes=5, options=options)
+
+
 def test_unknown_config_options_are_refused(saved_vit: str) -> None:
     with pytest.raises(ConfigError, match=r"no option num_hidden_layer\..*num_hidden_layers"):
         create_backbone(saved_vit, num_classes=3, options={"num_hidden_layer": 1})
