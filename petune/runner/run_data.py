@@ -13,10 +13,10 @@ from petune.base.text import plural
 from petune.data import Dataset, load_dataset
 from petune.data.dataset import Split
 from petune.data.folds import fold_of
-from petune.data.lookup import dataset_frames
+from petune.data.lookup import dataset_frames, dataset_target, manifest_of
 from petune.data.manifest import file_digest
 from petune.data.merge import merge_val
-from petune.data.registry import parse_dataset
+from petune.data.registry import build_reader, parse_dataset
 from petune.data.video.clips import Clips
 from petune.runner.continued import DATA_KEYS, config_of_run
 from petune.runner.kept_splits import keep_splits
@@ -60,9 +60,13 @@ def check_clips(config: RunConfig) -> None:
 
     Raises:
         ConfigError: The dataset has images.
+        DataError: It is at a path that has none, such as a folder of videos, or does not exist.
     """
     frames = input_frames(config.backbone, config.backbone_options)
     if frames is not None and dataset_frames(config.dataset, config.data_dir, frames) is None:
+        if build_reader(config.dataset).path is not None:  # it may be wrong, or hold videos only
+            dataset_target(config.dataset, config.data_dir)
+            manifest_of(config.dataset, config.data_dir)
         raise ConfigError(
             f"{config.backbone} takes clips of {plural(frames, 'frame')}, but {config.dataset} has images. Use a "
             "dataset of videos, such as video:PATH, or a backbone that takes images"

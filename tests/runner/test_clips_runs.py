@@ -86,3 +86,10 @@ def test_an_image_model_says_that_it_sees_frames_one_by_one(videos: Path, tmp_pa
 def test_a_video_model_is_not_trained_on_images(videomae: str) -> None:
     with pytest.raises(ConfigError, match=r"takes clips of 4 frames, but digits has images"):
         check_clips(petune.RunConfig(backbone=videomae, weights="none", dataset="digits"))
+
+
+def test_a_folder_of_videos_that_is_read_as_images_is_named(videos: Path, videomae: str) -> None:
+    with pytest.raises(petune.DataError, match=rf"8 videos: use video:{videos}"):
+        check_clips(petune.RunConfig(backbone=videomae, weights="none", dataset=f"folder:{videos / 'train'}"))
+    with pytest.raises(petune.DataError, match="no such folder"):
+        check_clips(petune.RunConfig(backbone=videomae, weights="none", dataset=f"folder:{videos / 'missing'}"))
