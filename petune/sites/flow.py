@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 ORIGINAL: tuple[int, ...] = ()
+INPUTS = 0
+"""The key of the model's inputs in `Flow.sources`, where other keys are times of calls."""
 UNKNOWN = -1
 """The number of tensors that no recorded operation has made; they may depend on everything before them."""
 
@@ -51,8 +53,8 @@ class Flow:
         """Return for each target the spans that something that enters it was computed from.
 
         Args:
-            spans: Parts of the forward: the start of the call that each ends with, and its key; 0 is the start of the
-                forward: the model's inputs.
+            spans: Parts of the forward: the start of the call that each ends with, and its key; INPUTS is the
+                start of the forward.
             targets: Calls, by the times of their starts; 0 is the end of the forward: the model's outputs.
         """
         bits = {key: 1 << i for i, key in enumerate(spans.values())}
@@ -74,7 +76,7 @@ class Flow:
         return result
 
     def _leaving(self, spans: Mapping[int, int]) -> list[tuple[int, int, tuple[int, ...], bool]]:
-        given = [(step, 0, numbers, False) for step, numbers in [*self._entered.values()][:1] if 0 in spans]
+        given = [(step, INPUTS, numbers, False) for step, numbers in [*self._entered.values()][:1] if INPUTS in spans]
         return [*given, *((step, call, numbers, False) for step, call, numbers in self._left if call in spans)]
 
     def _entering(self, targets: Iterable[int]) -> list[tuple[int, int, tuple[int, ...], bool]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from petune.sites.encoder import calls_of, end_of, start_of
+from petune.sites.flow import INPUTS
 from petune.sites.further_norms import norms_read_by_blocks
 from petune.sites.input_spec import InputSpec
 from petune.sites.outside_blocks import largest_without, last_before
@@ -26,6 +27,8 @@ class OwnLayers:
 
     Attributes:
         in_blocks: The layers in blocks, each with its block's index.
+        of_constants: The layers in blocks that compute the same for all inputs, such as the small network that makes a
+            table of positions (Swin-V2).
         outside: The largest modules with layers, and single parameters, that are in no block and no head, and come
             after the first block begins, each with the index of the last block that begins before. Not among them are
             final norms, what begins another tower, and what changes the tokens' number or width between two blocks.
@@ -36,6 +39,7 @@ class OwnLayers:
     """
 
     in_blocks: Mapping[str, int] = field(default_factory=dict)
+    of_constants: frozenset[str] = frozenset()
     outside: Mapping[str, int] = field(default_factory=dict)
     norms_between: Mapping[str, int] = field(default_factory=dict)
     norms: tuple[tuple[nn.Module, str], ...] = ()
@@ -76,11 +80,21 @@ def own_layers(
     bare = {key for key, found in trace.uses.items() if "norm" in found or "norm bias" in found}
     return OwnLayers(
         in_blocks=in_blocks,
+        of_constants=_that_read_no_input(trace, in_blocks),
         outside={named: index for named, _, index in outside},
         norms_between={layer: index for _, layer, index in outside if layer in read | bare},
         norms=_parameters_that_are(trace, {"norm", "norm bias"}),
         biases=_parameters_that_are(trace, {"bias", "norm bias"}),
     )
+
+
+def _that_read_no_input(trace: Trace, layers: Iterable[str]) -> frozenset[str]:
+    """Return those of some layers of which no call gets anything that was computed from the model's inputs."""
+    wanted = {*layers}
+    calls = [c for c in trace.calls if c.path in wanted]
+    sources = trace.flow.sources({INPUTS: INPUTS}, [c.start for c in calls])
+    reading = {c.path for c in calls if sources.get(c.start, True)}
+    return frozenset({c.path for c in calls} - reading)
 
 
 def _parameters_that_are(trace: Trace, uses: set[str]) -> tuple[tuple[nn.Module, str], ...]:

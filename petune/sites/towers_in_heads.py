@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence, Set
 from torch import nn
 
 from petune.sites.chosen_head import outermost
+from petune.sites.flow import INPUTS
 from petune.sites.head import head_site
 from petune.sites.named_heads import holds_matrix
 from petune.sites.site import Block, Site, modules_in, modules_with_place
 from petune.sites.towers import OUTPUTS
 from petune.sites.trace import Trace
-
-INPUTS = 0
-"""The key of the model's inputs in `Flow.sources`, where other keys are times of calls."""
 
 
 def without_towers(trace: Trace, blocks: Sequence[Block], head: Site) -> Site | None:

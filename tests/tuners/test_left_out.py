@@ -41,7 +41,7 @@ class Bare(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"), [(Made, r"mlp\.up has another width and only makes their weights"), (Bare, "they call none")]
+    ("make", "reason"), [(Made, r"mlp\.up reads no tokens and only makes their weights"), (Bare, "they call none")]
 )
 def test_lora_names_the_mlps_that_it_leaves_out(make: Callable[[], nn.Module], reason: str) -> None:
     model = tiny()
@@ -55,6 +55,31 @@ def test_lora_names_the_mlps_that_it_leaves_out(make: Callable[[], nn.Module], r
         warnings.simplefilter("error")
         petune.attach(model, "lora", targets="attn").detach()
         petune.attach(model, "adaptformer")
+
+
+class Latent(nn.Module):
+    """An attention that makes keys and values by way of few channels, which neither side of a layer shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.down, self.up, self.out = (nn.Linear(*sides) for sides in ((D, D), (D, 10), (10, 2 * D), (D, D)))
+        self.positions = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 1))
+
+    def forward(self, x: Tensor, **masks: object) -> Tensor:
+        keys, values = self.up(self.down(x)).chunk(2, -1)
+        table = self.positions(torch.stack(torch.meshgrid(*[torch.arange(17.0)] * 2, indexing="ij"), -1))
+        logits: Tensor = self.q(x) @ keys.mT * D**-0.5 + table[..., 0]
+        return self.out(logits.softmax(-1) @ values)
+
+
+@pytest.mark.parametrize("targets", ["all", "attn"])
+def test_lora_changes_layers_of_any_width_that_read_tokens(targets: str) -> None:
+    model = tiny()
+    for block in model.blocks:
+        block.attn = Latent()
+    att = petune.attach(model.eval(), "lora", targets=targets)
+    inside = {key.split(".")[3] for key in att.tuned if key.startswith("blocks.1.attn")}
+    assert inside == {"q", "down", "up", "out"}
 
 
 def test_bitfit_does_not_train_the_numbers_of_a_contrastive_loss() -> None:

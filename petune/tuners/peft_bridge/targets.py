@@ -98,8 +98,7 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
         edit.use_qkv_module(site)
     is_lora = config.type == "lora"
     inside = {site: edit.linear_layers(site, pointwise=is_lora, transposed=is_lora) for site in sites}
-    # one side as wide as the stream: not the small network that makes a table of positions (Swin-V2)
-    layers = [layer for site, every in inside.items() for layer in every if _has_side(layer, site.dim)]
+    layers = [layer for site, every in inside.items() for layer in every if _takes_tokens(edit, layer, site.dim)]
     layers = list({id(layer.module): layer for layer in layers}.values())
     uncalled = [layer for site in sites for layer in edit.uncalled_linears(site)]
     refuse_bypassed(edit.model, config.type, [layer.module for layer in uncalled])
@@ -133,8 +132,13 @@ def _name_uncalled(edit: petune.Edit, config: PeftConfig, uncalled: Sequence[pet
             )
 
 
-def _has_side(layer: petune.Site, dim: int) -> bool:
-    return dim in cast(nn.Linear, layer.module).weight.shape
+def _takes_tokens(edit: petune.Edit, layer: petune.Site, dim: int) -> bool:
+    """Return whether a layer reads the input, or has a side as wide as the stream, as for learned queries (DETR).
+
+    The small network that makes a table of positions (Swin-V2) does neither.
+    """
+    reads = original_path(layer) not in edit.sites.layers.of_constants
+    return reads or dim in cast(nn.Linear, layer.module).weight.shape
 
 
 def _name_sites_without_layers(
@@ -150,7 +154,7 @@ def _name_sites_without_layers(
         for site, every in inside.items()
         if site.role in {"attn", "mlp"}
         and edit.sites.first_owner(site) is None
-        and not any(_has_side(layer, site.dim) for layer in every)
+        and not any(_takes_tokens(edit, layer, site.dim) for layer in every)
         and not any(f"{path}.".startswith(f"{site.path}.") for path in alone)
         and not any(isinstance(m, nn.MultiheadAttention) for m in site.enter.modules())
     ]
@@ -158,7 +162,7 @@ def _name_sites_without_layers(
         return
     shown = ", ".join(site.where for site, _ in bare[:4]) + (", …" if len(bare) > 4 else "")
     makers = [layer.path for _, every in bare for layer in every]
-    reason = f"{makers[0]} has another width and only makes their weights" if makers else "they call none"
+    reason = f"{makers[0]} reads no tokens and only makes their weights" if makers else "they call none"
     warnings.warn(
         f"{len(bare)} attentions and MLPs of {edit.sites.model} have no linear layer for tokens ({reason}), so they "
         f"get no {config.type}: {shown}. PEFT's option target_modules names other layers; adaptformer acts beside an "
