@@ -39,7 +39,16 @@ def contains_block(trace: Trace, pair: Pair) -> bool:
     after = [c for c in pair.scope.inner() if c.start > end]
     norms = [c for c in after if is_norm(c)]
     num_own = 0 if is_norm(mid) or norm_inside(trace, mid) is not None else 1
+    if _is_one_of_several(trace, pair.scope) and not any(c.has_matrix for c in after):
+        return False
     return len(norms) > num_own or any(c.has_matrix for c in after)
+
+
+def _is_one_of_several(trace: Trace, scope: Call) -> bool:
+    """Return whether a module is an item of a list of several of its class, as blocks with a last norm (Conformer)."""
+    parent, _, name = scope.path.rpartition(".")
+    items = {c.path: type(c.module) for c in trace.calls if c.path.rpartition(".")[0] == parent}
+    return name.isdigit() and list(items.values()).count(type(scope.module)) > 1
 
 
 def child_towards(outer: Call, inner: Call) -> Call:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from petune.sites.block_end import is_changed, is_reshaped
 from petune.sites.layouts import is_conv, is_pointwise, width_of
@@ -39,13 +39,18 @@ class Mlp:
     def is_tokenwise(self) -> bool:
         """True if no kernel mixes neighboring tokens, and it is no gate that is computed from all tokens."""
         matrices = [c for c in self._calls() if c.has_matrix]
-        mixes = any(is_conv(c) and not is_pointwise(c.module) for c in matrices)
-        return not mixes and not _is_gate(self.first, matrices)
+        return not any(map(_mixes, matrices)) and not _is_gate(self.first, matrices)
 
     def _calls(self) -> list[Call]:
         """Return the calls from its first to its last one, such as a convolution between two matrices."""
         around = next((c for c in self.first.lineage() if self.last.within(c)), self.first)
         return [c for c in around.subtree() if self.first.start <= c.start and c.stop <= self.last.stop]
+
+
+def _mixes(call: Call) -> bool:
+    """Return whether a layer has a kernel for several tokens."""
+    is_row = isinstance(call.module, nn.Conv1d | nn.ConvTranspose1d) and max(call.module.kernel_size) > 1
+    return is_row or (is_conv(call) and not is_pointwise(call.module))
 
 
 def _is_gate(call: Call, matrices: list[Call]) -> bool:
@@ -216,14 +221,14 @@ def scaled(trace: Trace, stream: Tensor) -> list[Tensor]:
 
 
 def is_scaled(trace: Trace, mlp: Mlp, block: Call) -> bool:
-    """Return whether what an MLP returns is multiplied by numbers before a block adds it to something."""
+    """Return whether what an MLP returns is multiplied by numbers before a block adds it; a factor of 0.5 is none."""
     y = mlp.last.output
     if y is None:
         return False
     same = [y]
     for form in same:
-        casts = [cast for x, cast in trace.casts if x is form]
-        same += [cast for cast in casts if not any(cast is known for known in same)]
+        found = [y for x, y in (*trace.casts, *trace.slight_scalings) if x is form]
+        same += [y for y in found if not any(y is known for known in same)]
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
     is_added, is_added_as_it_is = (
         any(add.adds_to(form) for add in later for form in forms) for forms in (scaled(trace, y), same)

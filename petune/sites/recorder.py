@@ -7,7 +7,7 @@ to prove that an adapter is called at all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ NORMALIZATIONS = AFFINE_NORMS | {
     "normalize", "norm", "vector_norm", "rsqrt", "var", "std", "var_mean", "std_mean",
 }  # fmt: skip
 SQUASHINGS = {"tanh", "erf"}
+SLIGHT = 0.1
+"""A branch times this number, or more, still counts."""
 COPIES = {"contiguous", "clone"}
 SAMPLERS = {"grid_sample"}
 """Operations that read values at computed places of an image: deformable attention weighs what they return."""
@@ -253,6 +255,8 @@ class _OperationRecorder(TorchFunctionMode):
             self.trace.scalings.append((scaled[0], result))
             if all(id(factor) in self.calls.own for factor in factors):
                 self.trace.own_scalings.append((scaled[0], result))
+            if not factors and _factor(name, args) >= SLIGHT:
+                self.trace.slight_scalings.append((scaled[0], result))
 
     def _record_attention(
         self, name: str, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], result: Any
@@ -315,3 +319,9 @@ class _OperationRecorder(TorchFunctionMode):
 
 def _holds_tensor(value: Any) -> bool:
     return next(tensors_in(value), None) is not None
+
+
+def _factor(name: str, args: Sequence[Any]) -> float:
+    """Return the absolute value of the plain number that a tensor is multiplied with; 0 without one."""
+    number = next((abs(float(a)) for a in args if isinstance(a, int | float)), 0.0)
+    return 1 / number if number and name in DIVISIONS else number

@@ -175,6 +175,7 @@ class Trace:
         casts: A tensor, and the same values in another dtype, or added to 0.
         scalings: A tensor, and its product with a number or with one number for each channel.
         own_scalings: Those of the products whose factors are numbers and parameters, and not computed from the input.
+        slight_scalings: Those of the products whose only factor is a plain number of 0.1 or more (Conformer's 0.5).
         elementwise: What sums, products and casts returned, by identity, with their operands of the same shape.
         reshaped: What reshapes and copies returned, by identity, with what they took: the same values in order.
         functions: What norms and activations returned, by identity, with what they took.
@@ -193,6 +194,7 @@ class Trace:
     casts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     own_scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    slight_scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     elementwise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
     reshaped: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     functions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)

@@ -89,9 +89,10 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
 
     Differs from the paper: figure and equation show norm2's output as the input; the authors' code reads the raw
     residual stream, and they say that the code is right, so that is the default here. The paper's blocks are pre-norm;
-    in a block that normalizes the sum (torch's default), the sum includes a: norm2(x + mlp(x) + a). Where no stream
-    between attention and MLP is known (several lanes), `input=norm` adds to the MLP's output. A frozen backbone
-    is in eval mode, without drop path; `--drop-path 0.1` lets it act, as in papers that train with it.
+    in a block that normalizes the sum (torch's default), the sum includes a: norm2(x + mlp(x) + a), and a fixed factor
+    of the MLP (Conformer's 0.5) multiplies a, too. Where no stream between attention and MLP is known (several lanes),
+    `input=norm` adds to the MLP's output. A frozen backbone is in eval mode, without drop path; `--drop-path 0.1` lets
+    it act, as in papers that train with it.
 
     Recipe: the upper end of the published grid (AdamW, 5e-4 to 5e-3). With vit_nano on 10,000 images of CIFAR-10 (2
     epochs, batch 128, seed 0) top-1 on val was 70.88 at 6e-3 and 70.04 at 2e-2. The authors' own script trains image

@@ -145,3 +145,51 @@ def test_sites_have_an_input_size_already() -> None:
     model = tiny()
     with pytest.raises(petune.UsageError, match="input_size"):
         petune.attach(model, "linear", sites=petune.find_sites(model), input_size=(3, 16, 16))
+
+
+class Conformer(nn.Module):
+    """Half an MLP, an attention, convolutions over tokens, half an MLP, a norm (arXiv:2005.08100)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.ffn2 = inner.norm1, inner.attn, inner.norm2, inner.mlp
+        self.norm0, self.ffn1 = nn.LayerNorm(24), nn.Sequential(nn.Linear(24, 30), nn.SiLU(), nn.Linear(30, 24))
+        self.conv = nn.ModuleList(
+            [nn.Conv1d(24, 48, 1), nn.Conv1d(48, 48, 3, padding=1, groups=48), nn.Conv1d(48, 24, 1)]
+        )
+        self.norm_conv, self.final = nn.LayerNorm(24), nn.LayerNorm(24)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        y = self.norm_conv(x).mT
+        for conv in self.conv:
+            y = conv(y)
+        return y.mT
+
+    def before_last(self, x: Tensor) -> Tensor:
+        x = x + 0.5 * self.ffn1(self.norm0(x))
+        x = x + self.attn(self.norm1(x))
+        return x + self.convolve(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before_last(x)
+        return self.final(x + 0.5 * self.ffn2(self.norm2(x)))
+
+
+def test_a_conformer_block_ends_with_its_norm_and_its_last_mlp_gets_the_adapter() -> None:
+    model = tiny()
+    model.blocks = nn.Sequential(*(Conformer(block) for block in model.blocks))
+    model.eval()
+    blocks = petune.find_sites(model).blocks
+    assert [(b.path, b.is_module, b.mid.where) for b in blocks] == [
+        (f"blocks.{i}", True, f"input of blocks.{i}.norm2") for i in range(2)
+    ]
+    att = randomised(petune.attach(model, "adaptformer", bottleneck=4, blocks=[0]))
+    block, x = model.blocks[0], torch.randn(2, 17, 24)
+    with torch.no_grad():
+        output = block(x)
+        with att.disabled():
+            mid = block.before_last(x)
+            change = block.ffn2(block.norm2(mid)) + block.petune_adaptformer_mlp.adapter(mid)
+            torch.testing.assert_close(output, block.final(mid + 0.5 * change))
+    att.detach()
+    assert all(key.startswith(("blocks.1.", "norm.")) for key in petune.attach(model, "partial").tuned)
