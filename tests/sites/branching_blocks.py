@@ -132,7 +132,7 @@ class AxialPostNorm(Axial):
 
 class AxialScaled(Axial):
     def finished(self, rows: Tensor) -> Tensor:
-        return self.n[2](rows + 0.1 * self.m[0](rows))
+        return self.n[2](rows + 0.01 * self.m[0](rows))
 
 
 class AxialColumns(Axial):
