@@ -258,7 +258,7 @@ class Attachment:
         write(path, config, self.counts, self.file_state(), self.tuner.to_external(self.state()))
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Let the model compute what it did before attaching, bit for bit, inside the context; see `disable`."""
+        """Let the model compute what it did before attaching inside the context; see `disable`."""
         return self._toggled(False)
 
     @contextmanager
@@ -286,7 +286,10 @@ class Attachment:
         self._set_enabled(True)
 
     def disable(self) -> None:
-        """Let the model compute what it did before attaching, bit for bit, until `enable`.
+        """Let the model compute what it did before attaching until `enable`.
+
+        It does so bit for bit, unless torch picks another kernel: hooks switch off the fast path that torch's
+        `nn.TransformerEncoderLayer` takes without gradients, and a frozen weight may be rounded differently.
 
         Tensors that train in place, such as the classifier's, are exchanged. So do not disable between a forward and
         its backward: to learn from the backbone's own logits, compute them first.

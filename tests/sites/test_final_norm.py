@@ -227,6 +227,30 @@ def test_all_norms_between_blocks_and_head_are_covered(in_a_row: int, depth: int
         att.detach()
 
 
+class Pooled(nn.Module):
+    """A norm of pooled features, behind a norm of tokens or alone."""
+
+    image_size = 16
+
+    def __init__(self, of_tokens: nn.Module) -> None:
+        super().__init__()
+        self.ends, self.of_tokens, self.pooled = Ends(in_a_row=0, depth=1), of_tokens, nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BND = self.ends.blocks[0](self.ends.stem(x_BCHW).flatten(2).mT)
+        return self.head(self.pooled(self.of_tokens(x_BND).mean(1)))
+
+
+def test_a_norm_of_pooled_features_is_the_final_norm_only_without_one_of_tokens() -> None:
+    alone = petune.attach(Pooled(nn.Identity()).eval(), "partial")
+    assert [norm.path for norm in alone.sites.towers[0].norms] == ["pooled"]
+    assert {"pooled.weight", "pooled.bias"} <= alone.tuned.keys()
+    with pytest.warns(UserWarning, match="stay frozen unless the method trains them: pooled"):
+        behind = petune.attach(Pooled(nn.LayerNorm(8)).eval(), "partial")
+    assert [norm.path for norm in behind.sites.towers[0].norms] == ["of_tokens"]
+
+
 class FinalNormOnly(petune.Tuner[petune.TunerConfig]):
     """Trains the norms of blocks, and of those after them the last."""
 
