@@ -71,7 +71,7 @@ def page(results: dict[str, Any], families: Iterable[str], variants: dict[str, A
         coverage: What `coverage.sort_models` returned, and the version of transformers.
     """
     methods = max((list(result["methods"]) for result in results.values()), key=len)
-    notes: dict[str, int] = {}
+    notes: dict[str, list[str]] = {}
     tables: list[str] = []
     for library in LIBRARIES:
         of_library = {f: results[f] for f in in_order(results) if library_of(f) == library}
@@ -79,7 +79,7 @@ def page(results: dict[str, Any], families: Iterable[str], variants: dict[str, A
             tables += ["", f"### {library}", "", *_table(library, of_library, methods, notes)]
     states = [pair["state"] for result in results.values() for pair in result["methods"].values()]
     total = ", ".join(f"{states.count(state)} {state}" for state in ("ok", "refused", "wrong"))
-    reasons = [f"{number}. {text}" for text, number in notes.items()]
+    reasons = [f"{number}. {_example(texts)}" for number, texts in enumerate(notes.values(), 1)]
     missing = "; ".join(f for f in in_order(families) if f not in results).replace(LIBRARIES["transformers"], "")
     not_surveyed = [f"Not surveyed yet, or not settled, all of transformers: {missing}.", ""] if missing else []
     body = [f"{len(results)} models: {total}.", "", *not_surveyed, *tables, "", "### Reasons", "", *reasons, ""]
@@ -148,7 +148,7 @@ def in_order(families: Iterable[str]) -> list[str]:
     return [family for group in sorted(groups, key=lambda group: group[0].lower()) for family in group]
 
 
-def _table(library: str, results: dict[str, Any], methods: list[str], notes: dict[str, int]) -> list[str]:
+def _table(library: str, results: dict[str, Any], methods: list[str], notes: dict[str, list[str]]) -> list[str]:
     columns = ["takes"] if library == "transformers" else []
     head = ["family", "surveyed as", *columns, "blocks", *methods]
     rows = [_row(family, result, columns, methods, notes) for family, result in results.items()]
@@ -157,7 +157,7 @@ def _table(library: str, results: dict[str, Any], methods: list[str], notes: dic
 
 
 def _row(
-    family: str, result: dict[str, Any], columns: list[str], methods: list[str], notes: dict[str, int]
+    family: str, result: dict[str, Any], columns: list[str], methods: list[str], notes: dict[str, list[str]]
 ) -> list[str]:
     cells = [result.get(column, "image") for column in columns]
     cells.append("" if result["blocks"] is None else str(result["blocks"]))
@@ -166,11 +166,26 @@ def _row(
         if pair is None:
             cells.append("")
         elif pair["state"] == "refused":
-            cells.append(f"({notes.setdefault(general(pair['detail']), len(notes) + 1)})")
+            cells.append(f"({_number(notes, general(pair['detail']))})")
         else:
             cells.append(pair["state"] if pair["state"] == "ok" else f"**wrong**: {pair['detail']}")
     name = family.removeprefix(LIBRARIES[library_of(family)])
     return [name, f"`{result['model']}`", *cells]
+
+
+def _number(notes: dict[str, list[str]], reason: str) -> int:
+    """Return the number of a reason, which it shares with those that differ in numbers, paths and classes only."""
+    kind = re.sub(r"\w+(\.\w+)+|\b[A-Z]+[a-z]\w*[A-Z]\w*", "NAME", reason)
+    kind = re.sub(r"\b\d+(, \d+)*\b", "NUMBER", kind)
+    texts = notes.setdefault(kind, [])
+    if reason not in texts:
+        texts.append(reason)
+    return list(notes).index(kind) + 1
+
+
+def _example(texts: list[str]) -> str:
+    """Return the first of some texts of one reason, called an example if there are others."""
+    return texts[0] if len(texts) == 1 else f"such as, with other numbers or names for other models: {texts[0]}"
 
 
 def general(reason: str) -> str:

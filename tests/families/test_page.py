@@ -58,6 +58,23 @@ def test_rows_are_alphabetical_in_their_library_with_variants_below_their_family
     assert [library_of(family) for family in families] == ["timm"] * 4 + ["transformers"] * 2
 
 
+def test_reasons_that_differ_in_numbers_or_names_only_share_a_footnote() -> None:
+    details = [
+        "the block cannot take prompts: 16 tokens enter, but its attention is over 12 channels",
+        "the block cannot take prompts: 4 tokens enter, but its attention is over 1, 16 channels",
+        "ssf found nothing to train in LevitDistilled",
+        "ssf found nothing to train in PixtralVisionModel",
+        "bitfit found nothing to train in PixtralVisionModel",
+    ]
+    methods = {name: {"state": "refused", "detail": text} for name, text in zip("abcde", details, strict=True)}
+    result = {"model": "ViT", "blocks": 2, "methods": methods}
+    text = page({"beit": result}, ["beit"], VARIANTS, COVERAGE)
+    assert "| (1) | (1) | (2) | (2) | (3) |" in text
+    reasons = text.partition("### Reasons")[2].split("\n\n")[1].splitlines()
+    assert [reason.endswith(details[i]) for reason, i in zip(reasons, (0, 2, 4), strict=True)] == [True] * 3
+    assert ["such as" in reason for reason in reasons] == [True, True, False]
+
+
 def test_no_pair_is_wrong() -> None:
     """Families that are not surveyed yet are listed on the page."""
     pairs = {(f, m): pair for f, row in RESULTS.items() for m, pair in row["methods"].items()}
