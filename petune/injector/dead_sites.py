@@ -8,7 +8,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from petune.injector.edit_log import EditLog
 from petune.injector.hooks.base import Holder
 from petune.injector.own_backward import check_backward, own_functions
 from petune.injector.unreached import unreached_layers, warn_of_unreached
-from petune.sites.forward import device_of, dtype_of, inference
+from petune.injector.unread_tokens import Rows, last_blocks, layers_of_unread_tokens, rows_entering
+from petune.sites.forward import NUM_ON_META, device_of, dtype_of, inference
 from petune.sites.hooked import removed_after
 from petune.sites.random_numbers import is_large
 from petune.sites.recorder import record_calls
@@ -48,12 +49,14 @@ class _Graph:
         with_gradient: Those of them that it called while gradients were enabled.
         leaves: Identities of the parameters that the output depends on; None if gradient checkpointing hides some.
         has_own_backward: True if the model computes a part of its gradients by a function of its own.
+        rows: How many tokens entered each layer of the last blocks, for one image.
     """
 
     called: set[nn.Module]
     with_gradient: set[nn.Module]
     leaves: set[int] | None
     has_own_backward: bool = False
+    rows: Rows = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ def check_used(attachment: Attachment, holders: Iterable[Holder], *, advises: bo
     if key in _CHECKED.get(model, ()):
         return
     adapters = [holder.adapter for holder, _ in log.placed]
-    graph = (_graph_on_meta(attachment, adapters) if is_large(model) else None) or _graph(model, sites, adapters)
+    last = last_blocks(attachment)
+    graph = _graph_on_meta(attachment, adapters, last) if is_large(model) else None
+    graph = graph or _graph(model, sites, adapters, last)
     called = graph.called if graph is not None else set(record_calls(model, sites.input_spec, adapters))
     is_partly_called = not called.issuperset(adapters)
     if is_partly_called:  # experts that black images do not reach
@@ -103,6 +108,8 @@ def check_used(attachment: Attachment, holders: Iterable[Holder], *, advises: bo
         _check_reached(attachment, graph, advises=advises)
         if graph.has_own_backward:
             check_backward(attachment)
+        elif advises and graph.leaves is not None:
+            warn_of_unreached(attachment, layers_of_unread_tokens(attachment, graph.leaves, graph.rows))
     if advises:
         _warn_of_unchosen(attachment, graph, is_partly_called)
     _CHECKED.setdefault(model, set()).add(key)
@@ -152,7 +159,14 @@ def _check_called(log: EditLog, sites: Sites, called: set[nn.Module]) -> None:
             )
 
 
-def _graph(model: nn.Module, sites: Sites, adapters: Iterable[nn.Module], *, training: bool = False) -> _Graph | None:
+def _graph(
+    model: nn.Module,
+    sites: Sites,
+    adapters: Iterable[nn.Module],
+    last: Iterable[Block] = (),
+    *,
+    training: bool = False,
+) -> _Graph | None:
     """Run a forward of black images with gradients; None if the model does not run like that.
 
     Nothing is kept for a backward, so it takes no more memory than a forward without gradients.
@@ -161,34 +175,38 @@ def _graph(model: nn.Module, sites: Sites, adapters: Iterable[nn.Module], *, tra
         model: Modes, buffers and random states are as before afterwards.
         sites: The model's; its blocks are watched.
         adapters: Modules to watch.
+        last: Blocks whose layers to watch.
         training: Run in train mode, with what is frozen in eval mode, as in training.
     """
     kept = undisturbed(model, math.inf) if training else contextlib.nullcontext()
     saved = torch.autograd.graph.saved_tensors_hooks(_drop, _drop)
     try:
-        with _calls(adapters, sites) as calls, kept, inference(model), torch.enable_grad(), saved:
+        num_images = 2 if training else 1  # BatchNorm in train mode wants two
+        watched = _calls(adapters, sites), rows_entering(model, last, num_images)
+        with watched[0] as calls, watched[1] as rows, kept, inference(model), torch.enable_grad(), saved:
             if training:
                 model.train()
-            images = sites.input_spec.zeros(2 if training else 1)  # BatchNorm in train mode wants two
+            images = sites.input_spec.zeros(num_images)
             outputs = [*tensors_returned(images.to(device_of(model), dtype_of(model)).call(model))]
             leaves, has_own_backward = leaves_of(outputs), bool(own_functions(outputs))
     except Exception:  # an operation without a gradient, inference tensors, a train mode that wants targets
         LOG.debug("no forward with gradients, training=%s: what gets one is not checked", training, exc_info=True)
         return None
-    return _Graph(*calls, leaves, has_own_backward)
+    return _Graph(*calls, leaves, has_own_backward, rows)
 
 
-def _graph_on_meta(attachment: Attachment, adapters: Iterable[nn.Module]) -> _Graph | None:
+def _graph_on_meta(attachment: Attachment, adapters: Iterable[nn.Module], last: Iterable[Block]) -> _Graph | None:
     """Return the same without computing anything: shapes suffice. None if the model does not run on the meta device."""
     model, sites = attachment.model, attachment.sites
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        with _calls(adapters, sites) as calls, undisturbed(model), torch.enable_grad():
+        watched = _calls(adapters, sites), rows_entering(model, last, NUM_ON_META)
+        with watched[0] as calls, watched[1] as rows, undisturbed(model), torch.enable_grad():
             leaves, _ = reached_on_meta(model, sites.input_spec, trained, [])
     except Exception:  # see `petune.sites.forward.dry_forward`
         LOG.debug("no gradients on the meta device; a real forward follows", exc_info=True)
         return None
-    return _Graph(*calls, leaves)
+    return _Graph(*calls, leaves, rows=rows)
 
 
 @contextlib.contextmanager

@@ -31,13 +31,23 @@ def unreached_layers(attachment: Attachment, leaves: Set[int]) -> list[str]:
         leaves: Identities of the parameters that the output depends on.
     """
     dead = {id(p) for p in attachment.tuned.values() if id(p) not in leaves}
+    sublayers = [site for block in attachment.sites.blocks for site in (*block.branches, *block.split_mlps)]
+    return outermost_dead(attachment, dead, {path for site in sublayers for path, _ in site.named_modules})
+
+
+def outermost_dead(attachment: Attachment, dead: Set[int], roots: Set[str]) -> list[str]:
+    """Return the outermost modules in some others in which a method trains a matrix, and nothing of it learns.
+
+    Args:
+        attachment: The attachment.
+        dead: Identities of the parameters that do not learn.
+        roots: Paths of the modules to look in.
+    """
     if not dead:
         return []
     model, sites = attachment.model, attachment.sites
     alive = {id(p) for p in attachment.tuned.values()} - dead
     alive |= routed_parameters(model, sites.input_spec, sites.block_modules())  # one batch reaches few experts
-    sublayers = [site for block in sites.blocks for site in (*block.branches, *block.split_mlps)]
-    roots = dict.fromkeys(path for site in sublayers for path, _ in site.named_modules)
     found: list[str] = []
     for path, module in model.named_modules():
         is_inside = any(is_within(path, root) for root in roots) and not any(is_within(path, other) for other in found)

@@ -23,6 +23,8 @@ from petune.sites.unsuitable import advice_for, why_method_fails
 
 LOG = logging.getLogger(__name__)
 
+NUM_ON_META = 2
+"""Samples in a forward on the meta device."""
 Recorder = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
@@ -73,7 +75,7 @@ def _on_meta(model: nn.Module, spec: InputSpec, watch: Recorder) -> Any:
     return watched
 
 
-def meta_inputs(model: nn.Module, spec: InputSpec, num_samples: int = 2) -> Inputs:
+def meta_inputs(model: nn.Module, spec: InputSpec, num_samples: int = NUM_ON_META) -> Inputs:
     """Return inputs on the meta device, in the model's dtype."""
     return spec.zeros(num_samples, "meta").to("meta", dtype_of(model))
 
