@@ -57,9 +57,16 @@ def _sources(trace: Trace, x: Tensor, block: Call) -> Iterator[tuple[Tensor, boo
     operands = trace.elementwise.get(id(x), (x, ()))[1]
     is_sum = any(add.result is x for add in trace.additions)
     yield from ((operand, block.normalizes and not is_sum) for operand in operands)
-    makers = [c for c in block.inner() if c.output is x and c.input is not None and c.input is not x]
-    yield from ((c.input, False) for c in makers if c.input is not None and c.keeps_shape and not _computes(c))
+    makers = [c for c in block.inner() if c.output is x and c.input is not x and c.keeps_shape]
+    for call in makers:
+        if call.input is not None and (_holds_norm(call) or not _computes(call)):
+            yield call.input, _holds_norm(call)
 
 
 def _computes(call: Call) -> bool:
     return any(True for _ in call.module.parameters()) or is_norm(call)
+
+
+def _holds_norm(call: Call) -> bool:
+    """Return whether a module only normalizes by a norm inside, as those do that transpose around BatchNorm."""
+    return any(map(is_norm, call.inner())) and not any(c.has_matrix for c in call.subtree())

@@ -100,6 +100,19 @@ def test_an_adapter_reads_the_stream_before_any_kind_of_norm(norm: Callable[[], 
             torch.testing.assert_close(output, block(x) + block.petune_adaptformer.adapter(mid))
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, DynamicTanh, TransposedBatchNorm])
+def test_an_adapter_joins_the_sum_before_any_kind_of_last_norm(norm: Callable[..., nn.Module]) -> None:
+    model = model_of(post_norm, lambda: norm(24) if norm is nn.LayerNorm else norm())
+    att = randomised(petune.attach(model, "adaptformer", bottleneck=4, blocks=[0]))
+    block, x = model.blocks[0], torch.randn(2, 17, 24)
+    with torch.no_grad():
+        output = block(x)
+        with att.disabled():
+            mid = block.norm1(x + block.attn(x))
+            total = mid + block.mlp(mid) + block.petune_adaptformer_mlp.adapter(mid)
+            torch.testing.assert_close(output, block.norm2(total))
+
+
 @pytest.mark.parametrize("norm", [DynamicTanh, DynamicErf])
 def test_squashing_norms_are_norms(norm: Callable[[], nn.Module]) -> None:
     att = petune.attach(model_of(pre_norm, norm), "norm", train_head=False)
