@@ -5,9 +5,9 @@ In the order in which `find_sites` (find.py) asks them:
 1. What the model takes: example.py, input_size.py, input_spec.py, tensor_spec.py.
 2. One forward, without adapters and without a trace of it (undisturbed.py, forward.py): recorder.py fills the record of
    trace.py with calls; sums.py, flattened.py and flow.py follow the tensors between them.
-3. Blocks: attentions.py pairs each attention with its MLP; blocks.py tries the shapes of a block in turn; parts.py,
-   attention_span.py and branch_norms.py find what is inside; branches.py, split_mlps.py, listed_layers.py and
-   own_modules.py know blocks with several branches or without a module of their own.
+3. Blocks: attentions.py pairs each attention with its MLP; blocks.py tries the shapes of a block in turn; stream.py,
+   find_mlp.py, attention_span.py, branch_norms.py and last_sum.py find what is inside; branches.py, split_mlps.py,
+   listed_layers.py and own_modules.py know blocks with several branches or without a module of their own.
 4. Heads: heads.py decides between chosen_head.py (the user's choice), named_heads.py (the library's), predictors.py and
    head.py (what the trace shows); towers_in_heads.py takes encoders out of them; layers_before_head.py names what is
    between.

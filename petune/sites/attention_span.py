@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from petune.sites.layouts import is_conv, is_pointwise, width_after, width_of
+from petune.sites.matrices import num_matrices
 from petune.sites.norms import is_norm, norm_inside
-from petune.sites.parts import addition_to, forms_of, num_matrices
+from petune.sites.stream import addition_to, forms_of
 from petune.sites.trace import Call, Trace
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from petune.sites.find_mlp import find_mlp
 from petune.sites.layouts import width_after
+from petune.sites.mlp import Mlp
 from petune.sites.named_heads import holds_matrix
-from petune.sites.parts import Mlp, find_mlp, mid_of
+from petune.sites.stream import mid_of
 from petune.sites.trace import Call, Trace
 
 

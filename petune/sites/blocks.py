@@ -14,22 +14,14 @@ from petune.sites.branch_norms import norm_of
 from petune.sites.branches import with_branches
 from petune.sites.containers import child_towards, contains_block, is_module
 from petune.sites.encoder import attends_to_others
+from petune.sites.last_sum import changes_sum, is_scaled, reaches_output, span_exit
 from petune.sites.layouts import is_conv, layout_of, make_site, width_after, width_of
 from petune.sites.listed_layers import find_listed_layers, is_transformer
 from petune.sites.norms import has_channels_second, is_norm
 from petune.sites.own_modules import with_own_modules
-from petune.sites.parts import (
-    changes_sum,
-    is_scaled,
-    late_mid,
-    mid_of,
-    parallel_mid,
-    reaches_output,
-    span_exit,
-    sums_of,
-)
 from petune.sites.site import Block, Site
 from petune.sites.split_mlps import with_split_mlps
+from petune.sites.stream import late_mid, mid_of, parallel_mid, sums_of
 from petune.sites.trace import Call, Trace
 
 Found = tuple[int, Block]

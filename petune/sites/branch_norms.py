@@ -8,7 +8,7 @@ from torch import nn
 
 from petune.sites.layouts import is_conv
 from petune.sites.norms import is_norm, norms_of_input
-from petune.sites.parts import addition_to, forms_of
+from petune.sites.stream import addition_to, forms_of
 from petune.sites.trace import Call, Trace
 
 

@@ -8,18 +8,13 @@ from dataclasses import replace
 from petune.sites.attention_span import attention_branch, projection_of
 from petune.sites.attentions import TracedAttention
 from petune.sites.branch_norms import norm_of
+from petune.sites.find_mlp import joins, mlp_of_matrices, unwrap
 from petune.sites.layouts import layout_of, make_site, width_after
+from petune.sites.matrices import num_matrices
+from petune.sites.mlp import Mlp
 from petune.sites.norms import has_channels_second
-from petune.sites.parts import (
-    Mlp,
-    joins,
-    mlp_of_matrices,
-    norms_before,
-    num_matrices,
-    sums_of,
-    unwrap,
-)
 from petune.sites.site import Block, Site
+from petune.sites.stream import norms_before, sums_of
 from petune.sites.trace import Call, Trace
 
 Branch = tuple[str, Call, Call]

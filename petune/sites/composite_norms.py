@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from petune.sites.norms import is_norm
-from petune.sites.parts import is_residual
+from petune.sites.stream import is_residual
 from petune.sites.trace import Call, Trace, is_vector
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from petune.sites.attentions import Pair
 from petune.sites.norms import is_norm, norm_inside
-from petune.sites.parts import addition_to, mid_of
 from petune.sites.site import is_within
+from petune.sites.stream import addition_to, mid_of
 from petune.sites.trace import Addition, Call, Trace
 
 

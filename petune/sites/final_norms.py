@@ -11,8 +11,8 @@ from petune.sites.further_norms import norms_to_heads, with_effect
 from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import make_site
 from petune.sites.norms import is_norm
-from petune.sites.parts import addition_to
 from petune.sites.site import Block, Site, is_within, modules_in
+from petune.sites.stream import addition_to
 from petune.sites.towers import calls_after, last_calls
 from petune.sites.trace import Call, Trace
 from petune.sites.used_parameters import used_parameters

@@ -9,9 +9,11 @@ from petune.sites.attentions import Pair, TracedAttention
 from petune.sites.branch_norms import norm_of
 from petune.sites.branches import described
 from petune.sites.containers import child_towards
+from petune.sites.last_sum import span_exit
 from petune.sites.layouts import layout_of, make_site
-from petune.sites.parts import mid_of, num_matrices, span_exit
+from petune.sites.matrices import num_matrices
 from petune.sites.site import Block, is_within
+from petune.sites.stream import mid_of
 from petune.sites.trace import Call, Trace
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from petune.sites.attentions import TracedAttention, find_attentions
 from petune.sites.encoder import attends_to_others, calls_of, end_of, start_of
 from petune.sites.layouts import IMAGES, is_conv
-from petune.sites.parts import Mlp, holds_one_row, num_matrices
+from petune.sites.matrices import num_matrices
+from petune.sites.mlp import Mlp, holds_one_row
 from petune.sites.site import Block, Site, modules_with_place
 from petune.sites.trace import Call, Trace
 

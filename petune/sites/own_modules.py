@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from petune.sites.parts import num_matrices
+from petune.sites.matrices import num_matrices
 from petune.sites.site import Block, is_within
 from petune.sites.trace import Trace
 

@@ -11,10 +11,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from petune.sites.find_mlp import unwrap
 from petune.sites.layouts import layout_of, make_site, width_after
+from petune.sites.matrices import num_matrices
+from petune.sites.mlp import Mlp
 from petune.sites.norms import is_norm
-from petune.sites.parts import Mlp, norms_before, num_matrices, unwrap
 from petune.sites.site import Block, Site
+from petune.sites.stream import norms_before
 from petune.sites.trace import Call, Trace
 
 
