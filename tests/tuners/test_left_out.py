@@ -82,6 +82,18 @@ def test_lora_changes_layers_of_any_width_that_read_tokens(targets: str) -> None
     assert inside == {"q", "down", "up", "out"}
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_ln_tuning_names_the_norms_that_it_leaves_out() -> None:
+    model = tiny(qk_norm=True)
+    model.blocks[0].norm2 = nn.RMSNorm(24)
+    with pytest.warns(
+        UserWarning,
+        match=r"leaves 5 norms .* before: blocks\.0\.attn\.q_norm, blocks\.0\.attn\.k_norm, blocks\.0\.norm2",
+    ):
+        att = petune.attach(model, "peft:ln_tuning")
+    assert {key.rpartition(".ln_tuning_layers")[0] for key in att.tuned if "attn" in key} == set()
+
+
 def test_bitfit_does_not_train_the_numbers_of_a_contrastive_loss() -> None:
     class Siglip(nn.Module):
         image_size = 16

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 import petune
+from petune.base.text import plural, shortened
 from petune.tuners.peft_bridge.checks import refuse_bypassed
 from petune.tuners.peft_bridge.options import PARTS, PeftConfig, completed, defaults_of
 from petune.tuners.peft_bridge.parts import Targets, options_of_parts, original_path, parts_of_attentions
@@ -77,7 +78,22 @@ def _layer_norms(edit: petune.Edit) -> list[petune.Site]:
         raise petune.AttachError(
             f"ln_tuning needs torch's LayerNorm, but {edit.sites.model} has others in its blocks. Use norm"
         )
+    _name_other_norms(edit, norms, {site.module for site in trainable})
     return trainable
+
+
+def _name_other_norms(edit: petune.Edit, norms: Sequence[petune.Site], trained: set[nn.Module]) -> None:
+    """Warn about norms of blocks that ln_tuning leaves: of other classes, and at no site, as those of q and k."""
+    inside = {m for block in edit.sites.blocks for own in block.own_modules for m in own.modules()}
+    found = {m for m, _ in edit.sites.layers.norms if m in inside} | {site.module for site in norms}
+    left = [m for m in edit.backbone() if m in found - trained and any(True for _ in m.parameters(recurse=False))]
+    if left:
+        shown = shortened([edit.site(m).path for m in left], 4)
+        warnings.warn(
+            f"ln_tuning leaves {plural(len(left), 'norm')} of {edit.sites.model} as before: {shown}. It wraps torch's "
+            "LayerNorm before or after an attention or MLP; norm trains all",
+            stacklevel=2,
+        )
 
 
 def _fused_attentions(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
