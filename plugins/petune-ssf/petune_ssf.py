@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import petune
 
-NUMBER = r"(?<=\.)\d+\b|(?<=_)\d+(?=\.)"
+NUMBER = r"(?<=[._])\d+(?=\.)"
 
 
 class SSFConfig(petune.TunerConfig):

@@ -88,7 +88,7 @@ def test_ln_tuning_names_the_norms_that_it_leaves_out() -> None:
     model.blocks[0].norm2 = nn.RMSNorm(24)
     with pytest.warns(
         UserWarning,
-        match=r"leaves 5 norms .* before: blocks\.0\.attn\.q_norm, blocks\.0\.attn\.k_norm, blocks\.0\.norm2",
+        match=r"leaves 5 of the norms .* are: blocks\.0\.attn\.q_norm, blocks\.0\.attn\.k_norm, blocks\.0\.norm2",
     ):
         att = petune.attach(model, "peft:ln_tuning")
     assert {key.rpartition(".ln_tuning_layers")[0] for key in att.tuned if "attn" in key} == set()
@@ -246,3 +246,24 @@ def test_ssf_leaves_norms_of_tokens_behind_channels_alone() -> None:
     with pytest.warns(UserWarning, match=r"ssf leaves 2 of 12 layers as they are: blocks\.\*\.norm1\.norm"):
         att = petune.attach(model, "ssf")
     assert att.counts.tuned == petune.attach(tiny(), "ssf").counts.tuned - 2 * 2 * D
+
+
+class OwnQueries(nn.Module):
+    """An attention that multiplies with its matrix of queries itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Parameter(torch.randn(D, D)), nn.Linear(D, 2 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor, **masks: object) -> Tensor:
+        keys, values = self.kv(x).chunk(2, -1)
+        return self.out(F.scaled_dot_product_attention(x @ self.q, keys, values))
+
+
+@pytest.mark.parametrize("targets", ["all", "attn"])
+def test_lora_names_bare_weights_next_to_linear_layers(targets: str) -> None:
+    model = tiny()
+    for block in model.blocks:
+        block.attn = OwnQueries()
+    with pytest.warns(UserWarning, match=r"2 weights .* get no lora: blocks\.0\.attn\.q, blocks\.1\.attn\.q"):
+        petune.attach(model, "lora", targets=targets)

@@ -11,7 +11,6 @@ from typing import Any, cast
 from torch import nn
 
 import petune
-from petune.base.text import plural, shortened
 from petune.tuners.peft_bridge.checks import refuse_bypassed
 from petune.tuners.peft_bridge.options import PARTS, PeftConfig, completed, defaults_of
 from petune.tuners.peft_bridge.parts import Targets, options_of_parts, original_path, parts_of_attentions
@@ -88,12 +87,16 @@ def _name_other_norms(edit: petune.Edit, norms: Sequence[petune.Site], trained: 
     found = {m for m, _ in edit.sites.layers.norms if m in inside} | {site.module for site in norms}
     left = [m for m in edit.backbone() if m in found - trained and any(True for _ in m.parameters(recurse=False))]
     if left:
-        shown = shortened([edit.site(m).path for m in left], 4)
         warnings.warn(
-            f"ln_tuning leaves {plural(len(left), 'norm')} of {edit.sites.model} as before: {shown}. It wraps torch's "
-            "LayerNorm before or after an attention or MLP; norm trains all",
+            f"ln_tuning leaves {len(left)} of the norms of {edit.sites.model} as they are: "
+            f"{_shown([edit.site(m).path for m in left])}. It wraps torch's LayerNorm before or after an attention or "
+            "MLP; norm trains all",
             stacklevel=2,
         )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 
 
 def _fused_attentions(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
@@ -121,6 +124,7 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
     model, names = edit.sites.model, ", ".join(dict.fromkeys(layer.path for layer in uncalled[:3]))
     _name_others(edit, config, sites)
     _name_sites_without_layers(edit, config, inside, uncalled)
+    _name_bare_weights(edit, config, inside)
     if required and not layers:
         raise petune.AttachError(
             f"{config.type} needs linear layers that are called, but {model} calls none in {config.targets}"
@@ -176,7 +180,7 @@ def _name_sites_without_layers(
     ]
     if not bare or len(bare) == len(inside):
         return
-    shown = ", ".join(site.where for site, _ in bare[:4]) + (", …" if len(bare) > 4 else "")
+    shown = _shown([site.where for site, _ in bare])
     makers = [layer.path for _, every in bare for layer in every]
     reason = f"{makers[0]} reads no tokens and only makes their weights" if makers else "they call none"
     warnings.warn(
@@ -185,6 +189,26 @@ def _name_sites_without_layers(
         "MLP of any kind",
         stacklevel=2,
     )
+
+
+def _name_bare_weights(
+    edit: petune.Edit, config: PeftConfig, inside: Mapping[petune.Site, Sequence[petune.Site]]
+) -> None:
+    """Warn about matrices that an attention or MLP holds itself, next to linear layers that it calls."""
+    mixed = {site: every for site, every in inside.items() if every and site.role in {"attn", "mlp"}}
+    holders = {m for site in mixed for end in site.modules for m in end.modules()}
+    holders -= {m for every in mixed.values() for layer in every for m in layer.module.modules()}
+    holders = {m for m in holders if not isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
+    own = {id(p) for m in holders for p in m.parameters(recurse=False) if p.ndim >= 2}
+    keys = [key for key, p in edit.model.named_parameters() if id(p) in own]
+    known = edit.sites.layers.in_blocks
+    left = [key for key in keys if key in known or key.rpartition(".")[0] in known]
+    if left:
+        warnings.warn(
+            f"{len(left)} weights of attentions and MLPs of {edit.sites.model} are parameters that a module multiplies "
+            f"with itself, not linear layers, so they get no {config.type}: {_shown(left)}",
+            stacklevel=2,
+        )
 
 
 def _name_others(edit: petune.Edit, config: PeftConfig, sites: list[petune.Site]) -> None:
@@ -198,10 +222,9 @@ def _name_others(edit: petune.Edit, config: PeftConfig, sites: list[petune.Site]
     every = [(block.dim, layer) for block in blocks for layer in edit.linear_layers(block)]
     others = [layer.path for dim, layer in every if layer.module not in inside and _has_width(layer.module, dim)]
     if others:
-        shown = ", ".join(others[:4]) + (", …" if len(others) > 4 else "")
         warnings.warn(
             f"{len(others)} linear layers in blocks of {edit.sites.model} are outside attention and MLP and stay as "
-            f"they are: {shown}. PEFT's option target_modules names other layers",
+            f"they are: {_shown(others)}. PEFT's option target_modules names other layers",
             stacklevel=2,
         )
 
