@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from petune.injector.attachment import Attachment
+from petune.injector.hooks.base import Holder
 from petune.injector.unreached import outermost_dead
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.hooked import removed_after
@@ -68,11 +69,24 @@ def layers_of_unread_tokens(attachment: Attachment, leaves: Set[int], rows: Rows
     chosen = [(block, inside) for block, inside in every if len({rows[m] for m in inside.values() if m in rows}) > 1]
     modules = {path: m for _, inside in chosen for path, m in inside.items()}
     within = {id(p) for m in modules.values() for p in m.parameters(recurse=False)}
-    dead = {id(p) for p in attachment.tuned.values()} & within & leaves
+    judged = dead = {id(p) for p in attachment.tuned.values()} & within & leaves
     for training in (False, True):  # in train mode the output may hold more, such as a class for each patch
         blocks = [block for block, _ in chosen]
         dead = _without_gradient(attachment, dead, blocks, rows, training=training) if dead else dead
+    dead = _without_dead_units(modules.values(), judged, dead)
     return [path for path in outermost_dead(attachment, dead, {*modules}) if not _is_one_of_many(path, modules)]
+
+
+def _without_dead_units(modules: Iterable[nn.Module], judged: Set[int], dead: set[int]) -> set[int]:
+    """Return the dead parameters of adapters and layers of which none is alive.
+
+    In others something hides a part, such as a ReLU whose few units are all off; the tokens are read.
+    """
+    for module in modules:
+        every = module.modules() if isinstance(module, Holder) else [module]
+        own = {id(p) for m in every for p in m.parameters(recurse=False)} & judged
+        dead = dead if own <= dead else dead - own
+    return dead
 
 
 def _inside(model: nn.Module, block: Block) -> dict[str, nn.Module]:

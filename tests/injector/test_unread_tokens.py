@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import petune
+from tests.injector.test_edit import Custom
 
 D = 24
 
@@ -107,3 +108,17 @@ def test_a_block_that_is_shared_keeps_its_parameters() -> None:
     petune.attach(model, "partial")  # its projection reads all tokens in the first call
     after = dict(model.named_parameters(remove_duplicate=False))
     assert all(id(after[key]) == identity and torch.equal(after[key], p) for key, (identity, p) in before.items())
+
+
+def test_an_adapter_whose_hidden_units_are_off_is_not_named() -> None:
+    """Its second layer gets a gradient, so what it computes is read."""
+
+    def attach(edit: petune.Edit) -> None:
+        for block in edit.sites.blocks:
+            adapter = nn.Sequential(nn.Linear(D, 2), nn.ReLU(), nn.Linear(2, D))
+            nn.init.constant_(adapter[0].bias, -100)
+            nn.init.zeros_(adapter[2].weight)
+            nn.init.zeros_(adapter[2].bias)
+            edit.parallel(block.mlp, block.mlp, adapter)
+
+    petune.attach(Net(pool="mean").eval(), Custom(attach))
