@@ -75,7 +75,8 @@ class FlattenRecorder:
         }
         trace.reshaped, trace.functions = (self._pairs(made) for made in (trace.reshaped, trace.functions))
         trace.casts = [(self._tokens(x), self._tokens(y)) for x, y in trace.casts]
-        trace.scalings = [(self._tokens(x), self._tokens(y)) for x, y in trace.scalings]
+        for scaling in trace.scalings:
+            scaling.tensor, scaling.product = self._tokens(scaling.tensor), self._tokens(scaling.product)
 
     def _pairs(self, made: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
         """Return what some operations made of what, with tokens; not a tensor that was only flattened."""

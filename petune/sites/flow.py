@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 ORIGINAL: tuple[int, ...] = ()
-INPUTS = 0
-"""The key of the model's inputs in `Flow.sources`, where other keys are times of calls."""
+INPUTS = OUTPUTS = 0
+"""The keys in `Flow.sources` of the model's inputs, as a source, and of its outputs; others are times of calls."""
 UNKNOWN = -1
 """The number of tensors that no recorded operation has made; they may depend on everything before them."""
 

@@ -19,7 +19,8 @@ def is_scaled(trace: Trace, mlp: Mlp, block: Call) -> bool:
         return False
     same = [y]
     for form in same:
-        found = [y for x, y in (*trace.casts, *trace.slight_scalings) if x is form]
+        found = [cast for x, cast in trace.casts if x is form]
+        found += [scaling.product for scaling in trace.scalings if scaling.tensor is form and scaling.is_slight]
         same += [y for y in found if not any(y is known for known in same)]
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
     is_added, is_added_as_it_is = (

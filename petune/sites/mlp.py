@@ -1,4 +1,4 @@
-"""An MLP of a block: two calls that bound it, and whether it works on single tokens."""
+"""The MLP of a block: its first and its last call, and whether it mixes tokens."""
 
 from __future__ import annotations
 

@@ -111,8 +111,8 @@ class _Layers:
         self.trace = trace
         self.paths = {module: path for path, module in trace.root.module.named_modules()}
         self.calls = {id(call.module): call for call in trace.calls}
-        casts = ((x, y) for x, y in trace.scalings if x.dtype != y.dtype)
-        self._scaled = {id(y): x for x, y in (*casts, *trace.own_scalings) if x is not y}
+        scaled = ((scaling.tensor, scaling.product) for scaling in trace.scalings if scaling.is_own)
+        self._scaled = {id(y): x for x, y in (*trace.casts, *scaled) if x is not y}
 
     def at(self, module: nn.Module) -> Iterator[str]:
         """Yield the path of a module that is a layer; of one around others the keys of its own layers' parameters."""

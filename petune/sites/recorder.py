@@ -26,7 +26,7 @@ from petune.sites.parameter_uses import uses_in
 from petune.sites.random_numbers import is_large, watch_draws
 from petune.sites.returned import logits_in, tensors_returned
 from petune.sites.sums import DIVISIONS, MULTIPLICATIONS, SumRecorder, renamed
-from petune.sites.trace import AttentionOp, Call, Trace, is_vector
+from petune.sites.trace import AttentionOp, Call, Scaling, Trace, is_vector
 from petune.sites.unsuitable import why_method_fails
 
 FUSED_ATTENTION = {SDPA, MULTI_HEAD, "_native_multi_head_attention"}
@@ -252,11 +252,9 @@ class _OperationRecorder(TorchFunctionMode):
             and (scaled[0] is args[0] or name in MULTIPLICATIONS)
             and all(is_vector(factor) for factor in factors)
         ):
-            self.trace.scalings.append((scaled[0], result))
-            if all(id(factor) in self.calls.own for factor in factors):
-                self.trace.own_scalings.append((scaled[0], result))
-            if not factors and _factor(name, args) >= SLIGHT:
-                self.trace.slight_scalings.append((scaled[0], result))
+            is_own = all(id(factor) in self.calls.own for factor in factors)
+            is_slight = not factors and _factor(name, args) >= SLIGHT
+            self.trace.scalings.append(Scaling(scaled[0], result, is_own, is_slight))
 
     def _record_attention(
         self, name: str, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], result: Any

@@ -92,7 +92,8 @@ def scaled(trace: Trace, stream: Tensor) -> list[Tensor]:
     for form in forms:
         scales = [c for c in trace.calls if c.input is form and c.is_leaf and not c.has_matrix and not is_norm(c)]
         found = [c.output for c in scales if c.output is not None and c.keeps_shape]
-        found += [product for factor, product in (*trace.casts, *trace.scalings) if factor is form]
+        found += [cast for x, cast in trace.casts if x is form]
+        found += [scaling.product for scaling in trace.scalings if scaling.tensor is form]
         known = {id(x) for x in forms}  # what is scaled in place is its own product
         forms += {id(x): x for x in found if id(x) not in known}.values()
     return forms[1:]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from petune.sites.flow import is_in_place
 from petune.sites.operations import ACTIVATIONS
-from petune.sites.trace import TOKENS, Addition, Trace, is_vector
+from petune.sites.trace import TOKENS, Addition, Scaling, Trace, is_vector
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
@@ -81,7 +81,7 @@ class SumRecorder:
             self._stacks[id(result)] = result, tuple(tensors), dim % result.ndim
         elif terms := self._terms(name, args, kwargs, result):
             self._record_sum([term.tensor if term.product is None else term.product for term in terms], result)
-            self.trace.scalings += [(term.tensor, term.product) for term in terms if term.product is not None]
+            self.trace.scalings += [Scaling(term.tensor, term.product) for term in terms if term.product is not None]
 
     def _record_sum(self, operands: Iterable[Tensor], result: Tensor) -> None:
         addition = self._sums[id(result)] = Addition(self.tick(), tuple(dict.fromkeys(operands)), result)

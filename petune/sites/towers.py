@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from petune.sites.flow import OUTPUTS
 from petune.sites.site import Block
 from petune.sites.trace import Call, Trace
-
-OUTPUTS = 0
-"""The key of the model's outputs, where other keys are times of calls."""
 
 
 def rows_of(trace: Trace, blocks: Sequence[Block]) -> list[list[Block]]:

@@ -142,6 +142,22 @@ class Addition:
 
 
 @dataclass(eq=False)
+class Scaling:
+    """A tensor that is only scaled.
+
+    Attributes:
+        tensor, product: Before and after.
+        is_own: True if the factors are numbers and parameters, and not computed from the input.
+        is_slight: True if the only factor is a plain number of 0.1 or more (Conformer's 0.5).
+    """
+
+    tensor: Tensor
+    product: Tensor
+    is_own: bool = False
+    is_slight: bool = False
+
+
+@dataclass(eq=False)
 class AttentionOp:
     """One softmax over attention logits, or one fused attention.
 
@@ -173,9 +189,7 @@ class Trace:
     Attributes:
         calls, attention_ops, additions: In the order of the forward.
         casts: A tensor, and the same values in another dtype, or added to 0.
-        scalings: A tensor, and its product with a number or with one number for each channel.
-        own_scalings: Those of the products whose factors are numbers and parameters, and not computed from the input.
-        slight_scalings: Those of the products whose only factor is a plain number of 0.1 or more (Conformer's 0.5).
+        scalings: The products of tensors with numbers, or with one number for each channel.
         elementwise: What sums, products and casts returned, by identity, with their operands of the same shape.
         reshaped: What reshapes and copies returned, by identity, with what they took: the same values in order.
         functions: What norms and activations returned, by identity, with what they took.
@@ -192,9 +206,7 @@ class Trace:
     attention_ops: list[AttentionOp] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
     casts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    own_scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    slight_scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    scalings: list[Scaling] = field(default_factory=list)
     elementwise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
     reshaped: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     functions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)

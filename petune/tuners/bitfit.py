@@ -33,8 +33,8 @@ class BitFit(petune.Tuner[BitFitConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Unfreeze every bias vector that the forward uses."""
-        backbone = edit.backbone()
-        taken = [getattr(module, name) for module, name in edit.sites.layers.biases if module in {*backbone}]
+        backbone = dict.fromkeys(edit.backbone())
+        taken = [getattr(module, name) for module, name in edit.sites.layers.biases if module in backbone]
         named = [bias for module in backbone for bias in biases_of(module)]
         edit.train(edit.used(dict.fromkeys([*named, *taken])))
 

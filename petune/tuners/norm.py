@@ -38,10 +38,10 @@ class Norm(petune.Tuner[NormConfig]):
             *(n for tower in sites.towers for n in tower.norms),
         ]
         known = {module for norm in found for module in norm.modules}
-        backbone = edit.backbone()
+        backbone = dict.fromkeys(edit.backbone())
         norms = [module for module in backbone if is_norm(module) or module in known]
-        bare = [getattr(module, name) for module, name in sites.layers.norms if module in {*backbone}]
-        trained = dict.fromkeys([*(p for module in norms for p in module.parameters()), *bare])
+        taken = [getattr(module, name) for module, name in sites.layers.norms if module in backbone]
+        trained = dict.fromkeys([*(p for module in norms for p in module.parameters()), *taken])
         edit.train(edit.used(trained))
         own = ((b.path, {p for module in b.own_modules for p in module.parameters()}) for b in sites.blocks)
         bare = [path for path, parameters in own if parameters.isdisjoint(trained)]

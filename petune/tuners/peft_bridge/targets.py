@@ -68,7 +68,8 @@ def _sites_of(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
 def _layer_norms(edit: petune.Edit) -> list[petune.Site]:
     blocks = edit.sites.require_blocks()
     final = dict.fromkeys(norm for tower in edit.sites.towers for norm in tower.norms)
-    paths = {path for path, i in edit.sites.layers.norms_between.items() if i in {block.index for block in blocks}}
+    chosen = {block.index for block in blocks}
+    paths = {path for path, index in edit.sites.layers.norms_between.items() if index in chosen}
     between = [site for module in edit.backbone() if paths and (site := edit.site(module)).path in paths]
     norms = [*(norm for block in blocks for norm in block.norms), *between, *final]
     known = [site for site in norms if isinstance(site.module, nn.LayerNorm)]
