@@ -60,7 +60,7 @@ def _write_lists(folder: Path, both: Sequence[str], test: Sequence[str]) -> None
 
 
 def _images_of(split: Split) -> Images:
-    return [Image.fromarray(image) for image in split.images], [str(target) for target in split.targets]
+    return [Image.fromarray(image) for image in split.images[split.rows]], [str(target) for target in split.targets]
 
 
 def main() -> None:

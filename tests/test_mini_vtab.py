@@ -7,7 +7,10 @@ from typing import Any
 
 import mini_vtab_data
 import mini_vtab_page
+import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 PIECES = ["mini-vtab-a", "mini-vtab-b", "mini-vtab-c", "mini-vtab-d"]
 
@@ -31,6 +34,23 @@ def test_digits_are_written_in_vtabs_layout(tmp_path: Path) -> None:
     assert not set(lists["train800"]) & set(lists["val200"])
     labels = [row.rpartition(" ")[2] for row in lists["train800val200"]]
     assert [labels.count(str(digit)) for digit in range(10)] == [100] * 10
+
+
+def test_each_digit_is_written_with_its_own_label_and_into_one_split(tmp_path: Path) -> None:
+    mini_vtab_data.write("digits", tmp_path, tmp_path / "digits")
+    known = load_digits()
+    label_of = {
+        image.astype(int).tobytes(): int(label) for image, label in zip(known.images, known.target, strict=True)
+    }
+    found: dict[str, set[bytes]] = {}
+    for name in ("train800val200", "test"):
+        for line in (tmp_path / "digits" / f"{name}.txt").read_text().splitlines():
+            path, _, label = line.rpartition(" ")
+            pixels = np.asarray(Image.open(tmp_path / "digits" / path))[..., 0]
+            ink = np.rint(pixels / 255 * 16).astype(int).tobytes()
+            assert label_of[ink] == int(label)
+            found.setdefault(name, set()).add(ink)
+    assert not found["train800val200"] & found["test"]
 
 
 def test_ranks_are_means_over_datasets_and_equal_values_share_theirs() -> None:
