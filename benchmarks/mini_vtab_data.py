@@ -60,7 +60,8 @@ def _write_lists(folder: Path, both: Sequence[str], test: Sequence[str]) -> None
 
 
 def _images_of(split: Split) -> Images:
-    return [Image.fromarray(image) for image in split.images[split.rows]], [str(target) for target in split.targets]
+    images_NHWC = split.images_at(slice(None))
+    return [Image.fromarray(image) for image in images_NHWC], [str(target) for target in split.targets]
 
 
 def main() -> None:

@@ -22,7 +22,15 @@ from petune.backbones.input_size import (
     side_option,
     square_input,
 )
-from petune.backbones.names import ALIASES, HUB, Alias, calls_user_code, is_other_library, resolve_name
+from petune.backbones.names import (
+    ALIASES,
+    HUB,
+    Alias,
+    calls_user_code,
+    image_size_key,
+    is_other_library,
+    resolve_name,
+)
 from petune.backbones.other_libraries import build_other_library
 from petune.backbones.quantize import BasePrecision, check_base_precision, quantize_backbone
 from petune.backbones.timm_models import (
@@ -139,8 +147,7 @@ def create_backbone(
     """
     check_base_precision(base_precision)
     alias = resolve_name(name)
-    size_key = "image_size" if is_other_library(name) else "img_size"
-    sizes = {size_key: image_size, "patch_size": patch_size}
+    sizes = {image_size_key(name): image_size, "patch_size": patch_size}
     settings = alias.options | {key: size for key, size in sizes.items() if size is not None} | (options or {})
     settings = channel_settings(name, settings, channels, is_timm=not is_other_library(name))
     if num_frames is not None:

@@ -56,6 +56,11 @@ def is_other_library(name: str) -> bool:
     return ":" in name
 
 
+def image_size_key(name: str) -> str:
+    """Return the option by which a backbone is built for another side of the input."""
+    return "image_size" if is_other_library(name) else "img_size"
+
+
 def calls_user_code(name: str) -> bool:
     """Return True for `package.module:factory`, which runs code outside petune and the known libraries."""
     return is_other_library(name) and name.partition(":")[0] not in LIBRARIES

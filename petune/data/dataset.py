@@ -64,8 +64,8 @@ class Split:
     """Images and targets of one split.
 
     Attributes:
-        images: uint8, uint16 (65535 is white) or float32, (N, H, W, C), or clips, uint8 (N, T, H, W, C); usually
-            memory-mapped: index it, do not copy it.
+        images: uint8, uint16 (65535 is white) or float32, (M, H, W, C), or clips, uint8 (M, T, H, W, C), in which
+            `rows` finds this split's, as `images_at` does; usually memory-mapped: index it, do not copy it.
         targets: One per image, see `Target`; masks are indexed by `rows`, as images are.
         rows: int64, (N,), the row in `images` of each image (splits may share an array). Copies of a file share the
             row of the first one.
@@ -115,6 +115,10 @@ class Split:
     def has_masks(self) -> bool:
         """True if the targets are masks."""
         return self.targets.ndim == 3
+
+    def images_at(self, positions: NDArray[np.int64] | slice) -> NDArray[Any]:
+        """Return the images at these positions of the split, as `targets_at` does their targets."""
+        return np.asarray(self.images[self.rows[positions]])
 
     def targets_at(self, positions: NDArray[np.int64]) -> NDArray[Any]:
         """Return the targets of the images at these positions of the split."""

@@ -175,5 +175,5 @@ def _shown(target: Any) -> str:
 
 def _digest(split: Split) -> str:
     positions = np.unique(np.linspace(0, len(split) - 1, SAMPLES).astype(np.int64)) if len(split) else split.rows
-    parts = (np.asarray(split.images[split.rows[positions]]), split.targets_at(positions))
+    parts = (split.images_at(positions), split.targets_at(positions))
     return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()

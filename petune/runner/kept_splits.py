@@ -261,7 +261,7 @@ def image_digests(split: Split) -> Iterator[str]:
         yield from file_digests(split.names.tolist())
         return
     for start in range(0, len(split), CHUNK):
-        for pixels in split.images[split.rows[start : start + CHUNK]]:
+        for pixels in split.images_at(slice(start, start + CHUNK)):
             yield blake2b(pixels.tobytes(), digest_size=8).hexdigest()
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from petune.backbones.drop_rates import drop_path_key, drop_rates
 from petune.backbones.head import HeadKind
+from petune.backbones.names import image_size_key
 from petune.backbones.quantize import BasePrecision
 from petune.base.config import Config, UserPath
 from petune.base.errors import ConfigError
@@ -95,6 +96,16 @@ class RunConfig(Config):
         if value is not None and side is not None and value > side:
             raise ValueError(f"patch_size {value} is larger than image_size {side}")
         return value
+
+    @field_validator("backbone_options")
+    @classmethod
+    def _one_value_of_a_size(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        keys = {"image_size": image_size_key(info.data.get("backbone", "")), "patch_size": "patch_size"}
+        for field, key in keys.items():
+            size = info.data.get(field)
+            if size is not None and options.get(key, size) != size:
+                raise ValueError(f"{field} is {size}, but backbone_options.{key} is {options[key]}. Give one of them")
+        return options
 
     @field_validator("fold")
     @classmethod

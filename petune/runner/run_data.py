@@ -158,7 +158,7 @@ def _digests(split: Split) -> Iterator[bytes]:
         yield from (file_digest(Path(name)).encode() for name in split.names.tolist())
         return
     for start in range(0, len(split), CHUNK):
-        for pixels in split.images[split.rows[start : start + CHUNK]]:
+        for pixels in split.images_at(slice(start, start + CHUNK)):
             yield hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
 
 

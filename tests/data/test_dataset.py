@@ -34,6 +34,8 @@ def test_val_is_stratified_disjoint_and_complete() -> None:
     assert sorted([*cut.train.rows, *cut.val.rows]) == list(range(60))
     for split in (cut.train, cut.val):
         assert np.array_equal(whole.train.targets[split.rows], split.targets)
+        assert np.array_equal(split.images_at(np.arange(1, 3)), whole.train.images[split.rows[1:3]])
+        assert len(split.images_at(slice(None))) == len(split)
 
 
 def test_val_is_the_same_for_the_same_seed_only() -> None:

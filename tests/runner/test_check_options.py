@@ -34,6 +34,23 @@ def test_options_that_cannot_work_are_refused_before_a_model_is_built(tmp_path: 
     assert not any("weights" in note for note in notes)  # the note on the backbone comes when it is built
 
 
+@pytest.mark.parametrize(
+    ("backbone", "field", "key"),
+    [
+        ("vit_nano", "image_size", "img_size"),
+        ("vit_nano", "patch_size", "patch_size"),
+        ("torchvision:vit_b_16", "image_size", "image_size"),
+        ("my.module:factory", "image_size", "image_size"),
+    ],
+)
+def test_two_values_of_a_size_are_refused(backbone: str, field: str, key: str) -> None:
+    values = {"backbone": backbone, field: 32}
+    with pytest.raises(ConfigError, match=rf"{field} is 32, but backbone_options\.{key} is 64"):
+        petune.RunConfig.build({**values, "backbone_options": {key: 64}}, "a test")
+    same = petune.RunConfig.build({**values, "backbone_options": {key: 32, "depth": 2}}, "a test")
+    assert same.backbone_options == {key: 32, "depth": 2}
+
+
 def test_an_option_without_effect_is_refused() -> None:
     for task, option in (
         ("classification:class_weights=inverse,beta=0.9", "beta"),

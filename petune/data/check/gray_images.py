@@ -92,7 +92,7 @@ def read_arrays(split: Split) -> GrayImages:
     weights = np.array(GRAY_WEIGHTS if channels == 3 else [1 / channels] * channels, np.float32)
     chunk = max(1, CHUNK // (split.num_frames or 1))
     for start in range(0, len(split), chunk):
-        pixels_NHWC = np.ascontiguousarray(split.images[split.rows[start : start + chunk]])
+        pixels_NHWC = np.ascontiguousarray(split.images_at(slice(start, start + chunk)))
         images.digests.extend(hashlib.sha256(pixels).digest() for pixels in pixels_NHWC)
         if split.num_frames is not None:
             pixels_NHWC = frame_column(pixels_NHWC)
