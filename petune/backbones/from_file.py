@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.sites.file_values import MappedFile, can_map, keep_in_file
-from petune.sites.named_heads import classifiers_of
+from petune.sites.heads_by_library import classifiers_of
 
 _LOCK = threading.RLock()
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -10,8 +10,8 @@ from torch import nn
 
 from petune.backbones.input_size import backbone_sites
 from petune.base.errors import ConfigError
+from petune.sites.heads_by_library import classifiers_of
 from petune.sites.logits import synthetic_logits
-from petune.sites.named_heads import classifiers_of
 from petune.sites.predictors import have_twins
 from petune.sites.recorder import record
 

@@ -20,7 +20,7 @@ from petune.backbones.transformers_videos import Tubes, check_frames, frames_key
 from petune.base.errors import WeightsUnavailable
 from petune.base.text import plural
 from petune.sites.file_values import MappedFile, can_map
-from petune.sites.named_heads import classifiers_of
+from petune.sites.heads_by_library import classifiers_of
 
 Layout = Callable[[int, int], tuple[int, int] | None]
 

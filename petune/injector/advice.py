@@ -15,7 +15,7 @@ from petune.injector.hooks.side import Side
 from petune.injector.keys import named_parameters
 from petune.injector.outside_head import parameters_outside
 from petune.injector.unfrozen import warn_of_trained_though_frozen
-from petune.sites.named_heads import classifiers_of
+from petune.sites.heads_by_library import classifiers_of
 from petune.sites.new_weights import new_weights
 from petune.sites.recorder import record_calls
 from petune.sites.site import Block, is_within, modules_in, modules_of

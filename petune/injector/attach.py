@@ -32,8 +32,8 @@ from petune.injector.registry import TUNERS, build_tuner, parse_method
 from petune.injector.trainable import TrainableState, check_not_in_bank, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
 from petune.injector.unreached import warn_of_ignored_images
-from petune.sites.chosen_head import HeadChoice
 from petune.sites.find import find_sites, sites_for
+from petune.sites.heads_by_user import HeadChoice
 from petune.sites.logits import refuse_random
 from petune.sites.new_weights import NewWeights, new_weights
 from petune.sites.sites import Sites

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence, Set
 
 from torch import nn
 
-from petune.sites.named_heads import classifiers_of
+from petune.sites.heads_by_library import classifiers_of
 from petune.sites.norms import is_norm_module
 from petune.sites.recorder import record_calls
 from petune.sites.site import is_within, modules_of

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from petune.sites.find_mlp import find_mlp
+from petune.sites.heads_by_library import holds_matrix
 from petune.sites.layouts import width_after
 from petune.sites.mlp import Mlp
-from petune.sites.named_heads import holds_matrix
 from petune.sites.stream import mid_of
 from petune.sites.trace import Call, Trace
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from petune.sites.named_heads import holds_matrix
+from petune.sites.heads_by_library import holds_matrix
 from petune.sites.site import Block
 from petune.sites.trace import Addition, Call, Trace
 

@@ -14,11 +14,11 @@ from torch import nn
 from petune.base.arguments import check_input_size
 from petune.base.errors import AttachError, UsageError
 from petune.sites.blocks import find_blocks
-from petune.sites.chosen_head import HeadChoice
 from petune.sites.example import spec_of_example
 from petune.sites.final_norms import find_norms
 from petune.sites.grid import Grid, grid_and_prefix
 from petune.sites.heads import find_heads, outside_of
+from petune.sites.heads_by_user import HeadChoice
 from petune.sites.input_size import input_sizes_of
 from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import IMAGES, make_site

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from petune.sites.chosen_head import HeadChoice, outermost
 from petune.sites.encoder import end_of
-from petune.sites.head import head_at, head_site, predicting_modules, predicts_classes
+from petune.sites.heads_by_library import NamedModules
+from petune.sites.heads_by_trace import head_at, head_site, predicting_modules, predicts_classes
+from petune.sites.heads_by_user import HeadChoice, outermost
 from petune.sites.layers_before_head import find_layers_before_head
-from petune.sites.named_heads import NamedModules
 from petune.sites.new_weights import new_weights, placed_in_blocks
 from petune.sites.predictors import further_predictors, twin_predictors
 from petune.sites.site import Block, Site, modules_in, modules_of

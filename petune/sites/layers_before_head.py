@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence, Set
 from torch import nn
 
 from petune.sites.encoder import attends_to_others, encoder_of, end_of, start_of
-from petune.sites.head import predicts_classes
-from petune.sites.named_heads import classifiers_of, holds_matrix
+from petune.sites.heads_by_library import classifiers_of, holds_matrix
+from petune.sites.heads_by_trace import predicts_classes
 from petune.sites.site import Block, Site, modules_in
 from petune.sites.trace import Trace
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from petune.sites.chosen_head import outermost
-from petune.sites.named_heads import NamedModules
+from petune.sites.heads_by_library import NamedModules
+from petune.sites.heads_by_user import outermost
 from petune.sites.site import Block
 
 FLAG = "_is_hf_initialized"

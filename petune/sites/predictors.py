@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from petune.sites.chosen_head import outermost
-from petune.sites.named_heads import NamedModules, holds_matrix
+from petune.sites.heads_by_library import NamedModules, holds_matrix
+from petune.sites.heads_by_user import outermost
 from petune.sites.trace import Call, Trace
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence, Set
 
 from torch import nn
 
-from petune.sites.chosen_head import outermost
 from petune.sites.flow import INPUTS, OUTPUTS
-from petune.sites.head import head_site
-from petune.sites.named_heads import holds_matrix
+from petune.sites.heads_by_library import holds_matrix
+from petune.sites.heads_by_trace import head_site
+from petune.sites.heads_by_user import outermost
 from petune.sites.site import Block, Site, modules_in, modules_with_place
 from petune.sites.trace import Trace
 

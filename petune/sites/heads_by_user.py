@@ -10,7 +10,7 @@ from torch import nn
 
 from petune.base.config import shown
 from petune.base.errors import AttachError, UsageError
-from petune.sites.named_heads import NamedModules
+from petune.sites.heads_by_library import NamedModules
 
 HeadChoice = str | nn.Module | Sequence[str | nn.Module]
 """The heads as a user names them: a dotted path, a module of the model, a pattern such as `*_embed`, or several."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from petune.sites.chosen_head import HeadChoice, outermost, resolve_heads
 from petune.sites.encoder import encoder_of, end_of, last_residual, outermost_after, start_of
+from petune.sites.heads_by_library import NamedModules, classifiers_of, named_by_library
+from petune.sites.heads_by_user import HeadChoice, outermost, resolve_heads
 from petune.sites.layouts import is_conv
-from petune.sites.named_heads import NamedModules, classifiers_of, named_by_library
 from petune.sites.norms import is_norm
 from petune.sites.predictors import is_read
 from petune.sites.site import Block, Site, modules_in
