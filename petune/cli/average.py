@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -92,36 +92,24 @@ def average(
     """
     from petune.serving.average import AverageRequest, average_adapters
 
-    paths = [user_path(source) for source in sources]
-    numbers = _numbers(coefficients)
-    kept = head if head in ("average", "none") else user_path(Path(head))
-    begin = user_path(start) if start else None
+    paths, target = [user_path(source) for source in sources], user_path(output)
+    mixture: dict[str, Any] = {
+        "algorithm": algorithm,
+        "coefficients": _numbers(coefficients),
+        "density": density,
+        "seed": seed,
+        "head": head if head in ("average", "none") else user_path(Path(head)),
+        "rank": rank,
+        "by_factors": by_factors,
+        "start": user_path(start) if start else None,
+    }
     if dry_run:
-        request = AverageRequest.of(
-            paths,
-            user_path(output),
-            algorithm=algorithm,
-            coefficients=numbers,
-            density=density,
-            seed=seed,
-            head=kept,
-            rank=rank,
-            by_factors=by_factors,
-            start=begin,
-        )
-        _print_request(request, as_json=json)
+        _print_request(AverageRequest.of(paths, target, **mixture), as_json=json)
         return
     averaged = average_adapters(
         paths,
-        user_path(output),
-        algorithm=algorithm,
-        coefficients=numbers,
-        density=density,
-        seed=seed,
-        head=kept,
-        rank=rank,
-        by_factors=by_factors,
-        start=begin,
+        target,
+        **mixture,
         weights=weights,
         data_dir=user_path(data_dir) if data_dir else None,
         device=device,
