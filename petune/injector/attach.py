@@ -138,7 +138,7 @@ def attach_tuner(
         edit = Edit(model, sites, log, state)
         try:
             with plugin_errors(TUNERS, tuner.method, type(tuner), "was attached"), missing_sites_named(sites):
-                _attach_named(edit, tuner)
+                _edit_model(edit, tuner)
             if type(tuner).calibrate is not Tuner.calibrate:
                 add_calibration_state(model, log)
             attachment = Attachment(model, sites, tuner, name, log, state, train_head, keep_original)
@@ -157,7 +157,7 @@ def attach_tuner(
     return attachment
 
 
-def _attach_named(edit: Edit, tuner: Tuner[Any]) -> None:
+def _edit_model(edit: Edit, tuner: Tuner[Any]) -> None:
     """Let a tuner edit the model, and say so if quantized weights lack an operation that it needs.
 
     Raises:
