@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from petune.base.errors import ConfigError
 from petune.base.text import plural
 from petune.data.augment import (
     MOVING_PRESETS,
@@ -97,9 +98,16 @@ def batch_bounds(num_images: int, batch_size: int, *, even: bool = False) -> NDA
 
     Returns:
         Where each batch starts in the epoch's order, and where the last one ends; int64 (batches + 1,).
+
+    Raises:
+        ConfigError: There is no pair of images for an even batch.
     """
     usable = num_images - num_images % 2 if even else num_images
     size = min(batch_size, usable)
+    if even and size < 2:
+        raise ConfigError(
+            f"mixup and cutmix need two images in a batch: train has {num_images}, and batch_size is {batch_size}"
+        )
     if num_images - usable // size * size < MAX_LEFT_OUT * num_images:
         return np.arange(0, usable + 1, size)
     unit = 2 if even or size == 2 else 1  # BatchNorm cannot train on a single image

@@ -94,7 +94,7 @@ def cached_split(key: dict[str, Any], decode: Decode, crop: float = 1.0, fallbac
 def _cached(path: Path, key: dict[str, Any], allocator: _Allocator, crop: float) -> Split:
     split = _read(path, crop)
     if split is None:
-        with _alone(path):
+        with alone(path):
             split = _read_or_write(path, key, allocator, crop)
     if split is None:
         raise DataError(f"cannot read back the cache {path} that was just written; {USE_ANOTHER_CACHE}")
@@ -113,8 +113,8 @@ def _read_or_write(path: Path, key: dict[str, Any], allocator: _Allocator, crop:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other process decodes the same images, and keep others from it; without locks, do neither."""
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process makes the same path, and keep others from it; without locks, do neither."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):  # Windows, a file system without locks
             import fcntl
@@ -122,7 +122,7 @@ def _alone(path: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.with_name(f"{LOCK_FILE}-{path.name}")
             fcntl.flock(stack.enter_context(file.open("a")), fcntl.LOCK_EX)
-            stack.callback(file.unlink, missing_ok=True)  # who waits for it finds the images
+            stack.callback(file.unlink, missing_ok=True)  # who waits for it finds the path
         yield
 
 

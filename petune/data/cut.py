@@ -46,7 +46,7 @@ class Samples:
 def held_out(samples: Samples, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Select a share of each stratum: at least one unit, and never all of them.
 
-    A class with a single image keeps it.
+    A class or label with a single image keeps it.
 
     Args:
         samples: The samples.
@@ -61,6 +61,9 @@ def held_out(samples: Samples, fraction: float, seed: int) -> NDArray[np.bool_]:
     selected_U = np.zeros(len(size_U), dtype=bool)
     for order in shuffled_by(stratum_U, seed):
         selected_U[_first_share(order, size_U, fraction)] = True
+    for unit_M in _units_of_labels(samples, unit_N):
+        if selected_U[unit_M].all():  # the strata of combinations, and of groups, hold several labels
+            selected_U[unit_M[size_U[unit_M].argmin()]] = False
     return selected_U[unit_N]
 
 
@@ -139,6 +142,17 @@ def _units(samples: Samples) -> tuple[Positions, Positions]:
     _, unit_N = np.unique(joined_N, return_inverse=True)
     _, first_of_row = np.unique(row_N, return_index=True)
     return unit_N, np.bincount(unit_N[first_of_row])
+
+
+def _units_of_labels(samples: Samples, unit_N: Positions) -> Iterator[Positions]:
+    """Yield the units with each class or label that any sample has."""
+    if samples.kind == "class":
+        labels = [samples.targets == label for label in np.unique(samples.targets)]
+    else:
+        labels = list(samples.targets.T > 0) if samples.kind == "multi_hot" else []
+    for has_label_N in labels:
+        if has_label_N.any():
+            yield np.unique(unit_N[has_label_N])
 
 
 def _smallest_of(values_N: Positions, members_N: Positions) -> Positions:

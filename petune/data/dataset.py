@@ -171,7 +171,7 @@ class Dataset:
         return len(self.classes)
 
     def validated(self) -> Dataset:
-        """Return the dataset after checking its splits and targets.
+        """Return the dataset after checking its splits and targets; classes of any whole type become int64.
 
         Raises:
             DataError: Too few classes, a class without training images, no test images, a target out of range or not
@@ -183,6 +183,9 @@ class Dataset:
             _check_images(split, f"{self.name}/{part}")
             _check_lengths(split, f"{self.name}/{part}")
             self.target.check(split.targets, f"{self.name}/{part}")
+        if self.target.kind == "class" and any(split.targets.dtype != np.int64 for split in splits.values()):
+            whole = {part: replace(split, targets=split.targets.astype(np.int64)) for part, split in splits.items()}
+            return replace(self, train=whole["train"], val=whole["val"], test=whole["test"]).validated()
         empty = self.target.absent(self.train.targets)
         if empty and not self.may_lack_classes:
             raise DataError(f"{self.name} has no training images for {', '.join(empty[:5])}")

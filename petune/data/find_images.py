@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.images import UNSUPPORTED_SUFFIXES, heic_advice, supported_suffixes
 from petune.data.video.decode import ANIMATED_SUFFIXES, VIDEO_SUFFIXES
@@ -52,10 +53,13 @@ def find_images(
         skipped: Counts the other visible files by suffix.
         unsupported: Include image formats that petune cannot read, so that they can be reported.
         kind: Which files are found.
+
+    Raises:
+        DataError: A folder cannot be listed, so its images would be missing.
     """
     suffixes = kind.suffixes() | UNSUPPORTED_SUFFIXES if unsupported else kind.suffixes()
     images = []
-    for file in _files_below(folder):
+    for file in _files_below(folder, _refuse_unlisted):
         suffix = file.suffix.lower()
         if suffix in suffixes:
             images.append(file)
@@ -76,7 +80,11 @@ def has_subfolders(path: Path) -> bool:
 
 def has_images(folder: Path, *, below: bool = True) -> bool:
     """Return True if there is an image or a video in a folder or, unless `below` is False, in its subfolders."""
-    files = _files_below(folder) if below else (file for file in folder.iterdir() if not file.name.startswith("."))
+    files = (
+        _files_below(folder, lambda error: None)
+        if below
+        else (file for file in folder.iterdir() if not file.name.startswith("."))
+    )
     suffixes = supported_suffixes() | UNSUPPORTED_SUFFIXES | VIDEO_SUFFIXES
     return any(file.suffix.lower() in suffixes and not file.is_dir() for file in files)
 
@@ -110,7 +118,7 @@ def skipped_note(counts: Mapping[str, int], kind: FileKind = IMAGES) -> str:
     return "; ".join(notes)
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path, on_unlisted: Callable[[OSError], None]) -> Iterator[Path]:
     """Yield every visible file; a link to a folder that contains it is not followed."""
     ancestors = {_identity(path) for path in Path(os.path.abspath(folder)).parents}
     pending = [(folder, ancestors)]
@@ -119,14 +127,29 @@ def _files_below(folder: Path) -> Iterator[Path]:
         identity = _identity(current)
         if identity is None or identity in ancestors:
             continue
-        with contextlib.suppress(OSError), os.scandir(current) as entries:  # suppressed: a folder without permission
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append((Path(entry.path), ancestors | {identity}))
-                else:
-                    yield Path(entry.path)
+        try:
+            with os.scandir(current) as found:
+                entries = [entry for entry in found if not entry.name.startswith(".")]
+        except OSError as error:
+            on_unlisted(error)
+            continue
+        for entry in entries:
+            if _is_folder(entry):
+                pending.append((Path(entry.path), ancestors | {identity}))
+            else:
+                yield Path(entry.path)
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise DataError(
+        f"cannot list {error.filename}: {error.strerror}. Make it readable, or move it out of the dataset"
+    ) from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):  # a link that leads nowhere: decoding reports it
+        return entry.is_dir()
+    return False
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -63,8 +63,9 @@ def _with_views(test: Split, dataset: Dataset) -> Split:
 def _check_fold(dataset: Dataset, pool: Split, in_test: NDArray[np.bool_], where: str) -> None:
     if not in_test.any() or in_test.all():
         raise DataError(f"{where} would be empty: there are too few images, or groups of images. Use fewer folds")
+    everywhere = dataset.target.absent(pool.targets)  # classes that the dataset may lack
     for part, mask in (("test", in_test), ("training", ~in_test)):
-        absent = dataset.target.absent(pool.take(np.flatnonzero(mask)).targets)
+        absent = [n for n in dataset.target.absent(pool.take(np.flatnonzero(mask)).targets) if n not in everywhere]
         if absent:
             names = ", ".join(absent[:5])
             raise DataError(

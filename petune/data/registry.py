@@ -228,4 +228,4 @@ def _record(plugin: RegisteredPlugin, state: str) -> DatasetRecord:
 def data_dir_or_default(data_dir: Path | None) -> Path | None:
     """Return the directory of datasets: `data_dir`, else the one named by `PETUNE_DATA`, else None."""
     value = os.environ.get("PETUNE_DATA")
-    return data_dir or (Path(value) if value else None)
+    return data_dir or (expand_home(Path(value)) if value else None)

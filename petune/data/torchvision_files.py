@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 from petune.base.errors import DataError
 from petune.base.network import reachable
-from petune.data.cache import cache_dir, file_key
+from petune.data.cache import alone, cache_dir, file_key
+from petune.data.find_images import size_and_time
 from petune.data.torchvision_table import Entry, Splits
 
 OPEN_ERRORS = (RuntimeError, OSError, ValueError, LookupError, ImportError, EOFError, TypeError)
@@ -25,8 +27,9 @@ MAX_FILES = 200_000
 
 
 def find_root(name: str, entry: Entry, data_dir: Path | None) -> Path | None:
-    """Return the folder to give torchvision as the root; None if the dataset is not here."""
-    for folder in (data_dir, cache_dir() / "data"):
+    """Return the folder to give torchvision as the root; None if the dataset is not here, or a part of a download."""
+    own = None if _unfinished(name).exists() else cache_dir() / "data"
+    for folder in (data_dir, own):
         if folder is None:
             continue
         for root in dict.fromkeys((folder / entry.root, folder)):
@@ -74,17 +77,19 @@ def open_split(name: str, root: Path, args: Mapping[str, Any], entry: Entry) -> 
 def files_state(root: Path, entry: Entry) -> list[Any]:
     """Return a digest of names, sizes and times of the files of a dataset, so that changed ones are decoded again.
 
-    Of a dataset with very many files, only those near the top count.
+    Of a dataset with very many files, only those near the top count; of one that is a file, those of its suffix.
     """
     top = top_file(root, entry) or root
-    folder = top.parent if top.is_file() else top
-    files = list(islice(folder.rglob("*"), MAX_FILES + 1))
+    if top.is_file():  # the folder may hold other datasets
+        files = [path for path in top.parent.iterdir() if path.suffix == top.suffix and path.is_file()]
+    else:
+        files = list(islice(top.rglob("*"), MAX_FILES + 1))
     if len(files) > MAX_FILES:
-        files = list(_upper_files(folder))
+        files = list(_upper_files(top))
     state = []
     for path in sorted(files):
-        stat = path.stat()
-        state.append([str(path.relative_to(root)), stat.st_size if path.is_file() else 0, stat.st_mtime_ns])
+        size, time = size_and_time(path)
+        state.append([str(path.relative_to(root)), size if path.is_file() else 0, time])
     return [len(state), hashlib.sha256(json.dumps(state).encode()).hexdigest()]
 
 
@@ -137,15 +142,23 @@ def _unpacked(name: str, folder: Path) -> Path:
     raw = root / name / "raw"
     try:
         raw.mkdir(parents=True, exist_ok=True)
-        for path in sources:
-            target = raw / path.name.removesuffix(".gz")
-            temporary = target.with_suffix(".new")
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as packed, temporary.open("wb") as file:
-                shutil.copyfileobj(packed, file)
-            temporary.replace(target)
+        with alone(raw):
+            for path in sources:
+                target = raw / path.name.removesuffix(".gz")
+                if not target.exists():
+                    _unpack(path, target)
     except (OSError, EOFError) as error:
         raise DataError(f"cannot unpack the files in {folder} to {raw}: {error}") from None
     return root
+
+
+def _unpack(source: Path, target: Path) -> None:
+    """Copy a file, unpacked; a process that is killed leaves none of its name."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
+        temporary = Path(folder) / target.name
+        with gzip.open(source) if source.suffix == ".gz" else source.open("rb") as packed, temporary.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+        temporary.replace(target)
 
 
 def _download(name: str, entry: Entry, data_dir: Path | None, splits: Splits) -> Path:
@@ -159,19 +172,38 @@ def _download(name: str, entry: Entry, data_dir: Path | None, splits: Splits) ->
         raise DataError(f"{problem}, and torchvision cannot download it. {advice}", cli_hint=hint)
     if not reachable(entry.url):
         raise DataError(f"{problem}, and {entry.url} cannot be reached. {advice}", cli_hint=hint)
-    from torchvision import datasets
-
     root = own / entry.root
     root.mkdir(parents=True, exist_ok=True)
     try:
-        for args in (splits.train, splits.val, splits.test):
-            if args is not None:
-                getattr(datasets, name)(str(root), **args, download=True)
+        with alone(_unfinished(name)):
+            if find_root(name, entry, None) is None:
+                _fetch(name, entry, root, splits)
     except OPEN_ERRORS as error:
         raise DataError(
             f"downloading torchvision:{name} to {root} failed: {_one_line(error)}. {advice}", cli_hint=hint
         ) from None
     return root
+
+
+def _unfinished(name: str) -> Path:
+    """Return a file that is there while a dataset is downloaded to petune's cache, and stays if that is cut short."""
+    return cache_dir() / "data" / f".downloading-{name}"
+
+
+def _fetch(name: str, entry: Entry, root: Path, splits: Splits) -> None:
+    """Let torchvision download a dataset, from the beginning if a part of it is there, which it takes for all."""
+    from torchvision import datasets
+
+    part = top_file(root, entry)
+    if part is not None and part.is_dir():
+        shutil.rmtree(part)
+    elif part is not None:
+        part.unlink()
+    _unfinished(name).touch()
+    for args in (splits.train, splits.val, splits.test):
+        if args is not None:
+            getattr(datasets, name)(str(root), **args, download=True)
+    _unfinished(name).unlink()
 
 
 def _unreadable(name: str, root: Path, entry: Entry, error: Exception) -> DataError:

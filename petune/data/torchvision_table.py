@@ -142,6 +142,14 @@ def _city_mask(image: Any) -> Any:
     return table[np.asarray(image)]
 
 
+def _imagenet_names(dataset: Any) -> list[str]:
+    """Return the words of each class, with its WordNet id where two have the same: a crane is a bird or a machine."""
+    names = [", ".join(words) for words in dataset.classes]
+    return [
+        f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in zip(names, dataset.wnids, strict=True)
+    ]
+
+
 def _voc(*, with_test: bool) -> dict[str, Splits]:
     folders = {year: f"{'TrainVal/' * (year == '2011')}VOCdevkit/VOC{year}" for year in map(str, range(2007, 2013))}
     years = {
@@ -208,7 +216,7 @@ _IMAGENETTE = {
     size: Splits({"split": "train", "size": size}, {"split": "val", "size": size})
     for size in ("full", "320px", "160px")
 }
-_IMAGENET = {"": Labels(lambda dataset: [", ".join(names) for names in dataset.classes])}
+_IMAGENET = {"": Labels(_imagenet_names)}
 
 
 def _upright_emnist(image: Any) -> Any:

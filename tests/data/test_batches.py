@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from petune.base.distributed import Group
+from petune.base.errors import ConfigError
 from petune.data.batches import (
     MAX_LEFT_OUT,
     Batch,
@@ -202,6 +203,12 @@ def test_images_to_be_mixed_come_in_even_batches(num_images: int, batch_size: in
     bounds = batch_bounds(num_images, batch_size, even=True)
     assert not (np.diff(bounds) % 2).any()
     assert bounds[-1] >= num_images - max(1, MAX_LEFT_OUT * num_images)
+
+
+@pytest.mark.parametrize(("num_images", "batch_size"), [(1, 128), (19, 1)])
+def test_images_to_be_mixed_need_another_one(num_images: int, batch_size: int) -> None:
+    with pytest.raises(ConfigError, match="need two images in a batch"):
+        batch_bounds(num_images, batch_size, even=True)
 
 
 def test_every_image_of_a_small_split_is_in_an_epoch() -> None:

@@ -167,3 +167,14 @@ def test_a_folder_whose_class_is_broken_is_checked_to_the_end(tmp_path: Path) ->
     report = check_dataset(f"folder:{tmp_path}")
     assert len(report.broken) == 6
     assert (report.sizes, report.near_duplicates) == (None, [])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_images_of_float_bands_are_sound(dtype: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name in ("dry", "wet"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.fromarray((generator.random((16, 16)) * 1000).astype(dtype)).save(tmp_path / name / f"{i}.tif")
+    report = check_dataset(f"folder:{tmp_path}", image_size=16)
+    assert (report.broken, report.is_sound) == ([], True)

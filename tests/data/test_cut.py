@@ -77,6 +77,27 @@ def test_combinations_of_labels_are_stratified_and_rare_ones_do_not_inflate_the_
     assert common[mask].sum(0).tolist() == [10, 10]
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_label_of_few_images_keeps_one_for_training(grouped: bool) -> None:
+    labels = np.zeros((120, 14), np.uint8)
+    labels[::2, 0] = labels[::3, 1] = 1
+    for rare in range(12):
+        labels[7 + 9 * rare, 2 + rare] = 1
+    groups = np.arange(120) // 2 if grouped else None
+    for seed in range(10):
+        held = held_out(Samples("multi_hot", labels, np.arange(120), groups), 0.2, seed)
+        assert labels[~held].any(0).all()
+        assert held.any()
+
+
+def test_a_class_within_groups_of_others_keeps_one_for_training() -> None:
+    labels = np.repeat([0, 0, 0, 1, 2], 20)
+    groups = np.arange(100) % 5 + 5 * (np.arange(100) // 50)
+    for seed in range(20):
+        held = held_out(Samples("class", labels, np.arange(100), groups), 0.5, seed)
+        assert {*labels[~held]} == {0, 1, 2}
+
+
 def test_numbers_are_stratified_by_quantile() -> None:
     targets = np.random.default_rng(2).lognormal(0, 2, (300, 1))
     for seed in range(5):

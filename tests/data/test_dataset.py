@@ -15,6 +15,7 @@ from petune.base.errors import ConfigError, DataError, UnknownName
 from petune.data import load_dataset
 from petune.data.dataset import Dataset, Split, Target
 from petune.data.digits import load_digits
+from petune.data.registry import data_dir_or_default
 from petune.runner.run_preprocess import choose_preprocess
 
 
@@ -109,6 +110,19 @@ def test_inconsistent_datasets_are_refused() -> None:
         replace(good, target=Target("class", tuple("abcd"))).validated()
     with pytest.raises(DataError, match="no test images"):
         replace(good, test=good.train.take(np.arange(0))).validated()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint64, np.bool_])
+def test_classes_of_any_whole_type_become_int64(dtype: type) -> None:
+    split = Split.of(np.zeros((20, 8, 8, 3), np.uint8), (np.arange(20) % 2).astype(dtype))
+    dataset = Dataset("toy", Target("class", ("a", "b")), "here", "none", split, split.take(np.arange(0)), split)
+    assert dataset.validated().train.targets.dtype == np.int64
+    assert dataset.validated().train.targets.tolist() == [0, 1] * 10
+
+
+def test_a_home_directory_in_the_environment_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PETUNE_DATA", "~/data")
+    assert data_dir_or_default(None) == Path.home() / "data"
 
 
 def test_statistics_are_those_of_the_pixels() -> None:

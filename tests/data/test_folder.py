@@ -353,3 +353,25 @@ def test_a_folder_of_heic_images_names_their_decoder(tmp_path: Path) -> None:
         (tmp_path / name / "1.HEIC").write_bytes(b"photo")
     with pytest.raises(DataError, match=r"2 \.heic.*pip install pillow-heif"):
         load_dataset(f"folder:{tmp_path}")
+
+
+def test_a_link_to_itself_is_reported_and_hides_no_other_image(tmp_path: Path) -> None:
+    _fill(tmp_path, {"cat": 20, "dog": 20})
+    (tmp_path / "cat" / "latest.png").symlink_to("latest.png")
+    with pytest.raises(DataError, match=r"latest\.png: not a readable image"):
+        load_folder(tmp_path, 32)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fill(tmp_path, {"cat": 20, "dog": 20})
+    _fill(tmp_path / "cat", {"more": 5})
+    scandir = os.scandir
+
+    def without_permission(path: Path) -> object:
+        if Path(path).name == "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("petune.data.find_images.os.scandir", without_permission)
+    with pytest.raises(DataError, match=r"cannot list .*more: Permission denied"):
+        load_folder(tmp_path, 32)

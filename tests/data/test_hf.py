@@ -187,6 +187,12 @@ def test_the_manifest_changes_with_the_files(tmp_path: Path) -> None:
     assert manifest_of(f"hf:{tmp_path / 'none'}") == {}
 
 
+def test_a_dataset_with_capitals_is_found_in_the_cache(hf_cache: Path) -> None:
+    (hf_cache / "Owner___my_pets").mkdir(parents=True)
+    assert find_dataset("hf:Owner/MyPets", None) == str(hf_cache / "Owner___my_pets")
+    assert find_dataset("hf:Owner/YourPets", None) is None
+
+
 def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         load(tmp_path / "none")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import petune
@@ -249,6 +250,18 @@ def test_letters_of_emnist_start_at_class_0_and_are_upright() -> None:
     assert [shift(1), shift(26)] == [0, 25]
     lying = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
     assert np.asarray(letters.upright(lying)).tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_classes_of_imagenet_with_the_same_words_are_told_apart(tmp_path: Path) -> None:
+    words = {"n01440764": ("tench", "Tinca tinca"), "n02012849": ("crane",), "n03126707": ("crane",)}
+    for part in ("train", "val"):
+        for number, wnid in enumerate(words):
+            for i in range(2):
+                _image(tmp_path / "imagenet" / part / wnid / f"{i}.JPEG", 60 * number + i)
+    torch.save((words, []), tmp_path / "imagenet" / "meta.bin")
+    names = ("tench, Tinca tinca", "crane (n02012849)", "crane (n03126707)")
+    assert load_dataset("torchvision:ImageNet", tmp_path, image_size=SIDE).classes == names
+    assert dataset_target("torchvision:ImageNet", tmp_path).names == names
 
 
 def test_a_dataset_without_test_split_is_cut_in_the_order_of_its_files(tmp_path: Path) -> None:

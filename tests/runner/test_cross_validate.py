@@ -85,6 +85,11 @@ def test_empty_folds_and_folds_without_a_class_are_refused() -> None:
         petune.cross_validate(dataset="digits")
 
 
+def test_a_class_that_a_dataset_may_lack_is_in_no_fold() -> None:
+    lacking = replace(_dataset((20, 0, 20)), may_lack_classes=True)
+    assert np.bincount(fold_of(lacking, 4, 1).test.targets, minlength=3).tolist() == [5, 0, 5]
+
+
 def test_folds_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from petune.base.errors import DataError
+from petune.data.band_files import form_of, preview
+from petune.data.bands import RGB
 from petune.data.check.near_duplicates import SIDE
 from petune.data.dataset import Split
 from petune.data.images import read_image, upright_rgb
@@ -57,7 +59,10 @@ def read_files(paths: Sequence[Path]) -> GrayImages:
 
     def read(i: int) -> None:
         try:
-            images.gray_NSS[i], images.sizes_N2[i] = read_image(paths[i], _gray_and_size)
+            is_rgb = form_of(paths[i]) in {None, RGB}
+            images.gray_NSS[i], images.sizes_N2[i] = (
+                read_image(paths[i], _gray_and_size) if is_rgb else _gray_and_size(preview(paths[i]))
+            )
             images.digests[i] = hashlib.sha256(paths[i].read_bytes()).digest()
         except DataError as error:
             images.broken[i] = str(error)

@@ -176,8 +176,10 @@ class HfReader(DatasetReader[HfConfig]):
     def _cached_folder(self) -> Path | None:
         """Return the folder of an earlier download."""
         from datasets.config import HF_DATASETS_CACHE
+        from datasets.naming import camelcase_to_snakecase
 
-        folder = Path(HF_DATASETS_CACHE) / self.argument_value.replace("/", "___")
+        owner, _, name = self.argument_value.rpartition("/")
+        folder = Path(HF_DATASETS_CACHE) / "___".join([*filter(None, [owner]), camelcase_to_snakecase(name)])
         return folder if folder.is_dir() else None
 
 

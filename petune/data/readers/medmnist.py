@@ -5,6 +5,7 @@ Legend: N images, S side in pixels.
 
 from __future__ import annotations
 
+import tempfile
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,9 @@ class MedmnistReader(DatasetReader[MedmnistConfig]):
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            download_url(url, str(folder), self._file_name, info[f"MD5{flag}"])
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:  # what is cut short is not found
+                download_url(url, new, self._file_name, info[f"MD5{flag}"])
+                (Path(new) / self._file_name).replace(folder / self._file_name)
         except (RuntimeError, OSError) as error:
             raise DataError(f"downloading {url} to {folder} failed: {error}") from None
         return folder / self._file_name
