@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError
-from petune.data.bands import RGB, ImageForm, channels_last, stored_form
+from petune.data.bands import RGB, ImageForm, channels_last, is_channels_first, stored_form
 from petune.data.image_limit import refuse_bomb
 
 if TYPE_CHECKING:
@@ -90,6 +90,33 @@ def form_of_all(paths: Sequence[Path]) -> ImageForm:
                 "channels and the same type"
             )
     return next(iter(forms), RGB)
+
+
+def check_channels_first(source: Source, channels_first: bool) -> None:
+    """Check that the shape of an NPY or NPZ file is read in this layout; other and broken files pass.
+
+    Predictions read a file by its shape, too, so training must not read it otherwise.
+
+    Args:
+        source: The image.
+        channels_first: It is (C, H, W); else (H, W, C).
+
+    Raises:
+        DataError: It is read in the other layout.
+    """
+    if not is_array_file(source):
+        return
+    try:
+        shape = _array_header(source)[0]
+    except Exception:  # numpy raises several types; decoding reports the file
+        return
+    if len(shape) == 3 and is_channels_first(shape) != channels_first:
+        layout = "(height, width, channels)" if channels_first else "(channels, height, width)"
+        raise DataError(
+            f"{source if isinstance(source, Path) else 'an embedded image'}: a file of shape {shape} is read as "
+            f"{layout}, and channels_first={str(channels_first).lower()} says otherwise. Put the arrays themselves "
+            "into a Parquet table, or leave channels_first out"
+        )
 
 
 def read_bands(source: Source) -> NDArray[Any]:

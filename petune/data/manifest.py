@@ -44,8 +44,14 @@ def _change(old: str, new: str) -> str:
 
 def file_entry(images: Sequence[Path], folder: Path) -> str:
     """Return the entry of a class: the number of images and a digest of their names below `folder` and sizes."""
-    files = [(str(path.relative_to(folder)), size_and_time(path)[0]) for path in images]
+    files = [(name_below(path, folder), size_and_time(path)[0]) for path in images]
     return f"{len(images)} {digest(files)}"
+
+
+def name_below(path: Path, folder: Path) -> str:
+    """Return the path of a file below a folder, or its absolute path if it is elsewhere, as lists may name files."""
+    absolute, root = Path(os.path.abspath(path)), os.path.abspath(folder)
+    return str(absolute.relative_to(root) if absolute.is_relative_to(root) else absolute)
 
 
 def file_digest(path: Path) -> str:

@@ -202,3 +202,30 @@ def test_formats_that_pillow_reads(tmp_path: Path) -> None:
     for suffix in sorted({".avif", ".jp2", ".tga"} & supported_suffixes()):
         image.save(tmp_path / f"x{suffix}")
         assert decode_image(tmp_path / f"x{suffix}", 8)[4, 4].tolist() == pytest.approx([200, 10, 10], abs=6)
+
+
+def test_channels_first_is_obeyed_or_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(0)
+    shapes = {"few": (5, 16, 20), "many": (40, 16, 20)}  # (C, H, W); more bands than pixels look like (H, W, C)
+    for name, shape in shapes.items():
+        arrays = rng.integers(0, 60000, (10, *shape), dtype=np.uint16)
+        for number, array in enumerate(arrays):
+            np.save(tmp_path / f"{name}{number}.npy", array)
+        lines = [f"{name}{number}.npy,{'ab'[number % 2]}" for number in range(10)]
+        (tmp_path / f"{name}.csv").write_text("image,label\n" + "\n".join(lines) + "\n")
+        column = pa.array(arrays.tolist(), pa.list_(pa.list_(pa.list_(pa.uint16()))))
+        pq.write_table(pa.table({"image": column, "label": list("ab" * 5)}), tmp_path / f"{name}.parquet")
+
+    def channels(table: str, option: str = "") -> int:
+        return int(load_dataset(f"table:{tmp_path / table}{option}", image_size=14).train.images.shape[-1])
+
+    first, last = ",channels_first=true", ",channels_first=false"
+    assert [channels("few.csv"), channels("few.csv", first), channels("few.parquet", first)] == [5, 5, 5]
+    assert [channels("many.csv"), channels("many.csv", last), channels("many.parquet", first)] == [20, 20, 40]
+    assert channels("few.parquet", last) == 20
+    for table, option, layout in (("few.csv", last, "channels, height"), ("many.csv", first, "height, width")):
+        with pytest.raises(DataError, match=rf"is read as \({layout}.*channels_first=\w+ says otherwise"):
+            channels(table, option)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,73 @@ def test_a_missing_mask(tmp_path: Path) -> None:
     (tmp_path / "m1.png").unlink()
     with pytest.raises(DataError, match=r"1 file of mask missing: .*m1\.png"):
         load(path, image_size=14)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "tif"])
+def test_masks_of_images_that_pillow_does_not_know(suffix: str, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    masks = masks_of()
+    write(tmp_path, masks)
+    rows = [{"image": f"{i}.{suffix}", "mask": f"m{i}.png"} for i in range(COUNT)]
+    for i in range(COUNT):
+        bands = np.stack([digit(i, 16).astype(np.uint16) * 200] * 5, -1)
+        if suffix == "npy":
+            np.save(tmp_path / f"{i}.npy", bands)
+        else:
+            tifffile.imwrite(tmp_path / f"{i}.tif", bands, photometric="minisblack", planarconfig="contig")
+    path = write_table(tmp_path / "bands.csv", rows)
+    dataset = load(path, "mask=mask,classes=[a,b,c]", image_size=14)
+    assert dataset.train.images.shape[-1] == 5
+    assert all(np.array_equal(dataset.train.targets[i], masks[i]) for i in range(COUNT))
+    Image.fromarray(masks[2][:9, :9]).save(tmp_path / "m2.png")
+    with pytest.raises(DataError, match=r"m2\.png is 9x9, but its image is 16x16"):
+        load(path, "mask=mask,classes=[a,b,c]", image_size=14)
+
+
+def gray_png(values: NDArray[np.uint8], bits: int) -> bytes:
+    """Return a gray PNG with less than 8 bits a pixel, which Pillow cannot write."""
+    height, width = values.shape
+    digits = np.unpackbits(values[..., None], axis=2)[..., -bits:].reshape(height, -1)
+    lines = b"".join(b"\0" + line.tobytes() for line in np.packbits(digits, axis=1))
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("form", [1, 2, 4, "pgm", "plain pgm"])
+def test_gray_masks_of_few_levels_keep_their_values(form: int | str, tmp_path: Path) -> None:
+    masks = [np.minimum(mask, 1) if form == 1 else mask for mask in masks_of()]
+    path = write(tmp_path, masks)
+    for i, mask in enumerate(masks):
+        file = tmp_path / f"m{i}.png"
+        if isinstance(form, int):
+            file.write_bytes(gray_png(mask, form))
+        elif form == "pgm":
+            file.write_bytes(b"P5 16 16 2\n" + mask.tobytes())
+        else:
+            file.write_text("P2 16 16 2\n" + " ".join(map(str, mask.reshape(-1))) + "\n")
+    dataset = load(path, image_size=14)
+    assert dataset.classes == tuple(map(str, range(2 if form == 1 else 3)))
+    assert all(np.array_equal(dataset.train.targets[i], masks[i]) for i in range(COUNT))
+    if form in {2, "pgm"}:
+        with pytest.raises(DataError, match="the value 2, which is no class"):
+            load(path, "classes=[a,b]", image_size=14)
+
+
+def test_copies_stay_together_where_the_table_has_groups(tmp_path: Path) -> None:
+    write(tmp_path, masks_of())
+    rows = []
+    for i in range(COUNT):
+        (tmp_path / f"copy{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
+        rows += [{"image": f"{name}{i}.png", "mask": f"m{i}.png", "patient": f"{name}{i}"} for name in ("", "copy")]
+    dataset = load(write_table(tmp_path / "t.csv", rows), "mask=mask,group=patient", image_size=14)
+    images = {
+        part: {image.tobytes() for image in getattr(dataset, part).images_at(slice(None))} for part in ("train", "test")
+    }
+    assert len(images["train"]) + len(images["test"]) == COUNT
+    assert not images["train"] & images["test"]
+    assert "10 copies of other images, kept in the same split" in dataset.source

@@ -250,3 +250,17 @@ def test_copies_of_training_files_in_test_are_told(tmp_path: Path) -> None:
     for _ in range(2):  # the second time from the cache
         source = load_dataset(f"vtab:{tmp_path / 'vtab'}", image_size=8).source
         assert "warning: 1 image of test is a copy of an image of train, such as images/test/000005.png" in source
+
+
+def test_lists_may_name_images_by_their_absolute_paths(tmp_path: Path) -> None:
+    write_vtab(tmp_path / "images")
+    (tmp_path / "lists").mkdir()
+    for file in (tmp_path / "images").glob("*.txt"):
+        lines = [f"{tmp_path / 'images' / line}\n" for line in file.read_text().splitlines()]
+        (tmp_path / "lists" / file.name).write_text("".join(lines))
+    name = f"vtab:{tmp_path / 'lists'}"
+    dataset, expected = (load_dataset(f"vtab:{tmp_path / folder}", image_size=8) for folder in ("lists", "images"))
+    assert np.array_equal(dataset.test.images_at(slice(None)), expected.test.images_at(slice(None)))
+    before = manifest_of(name)
+    (tmp_path / "images" / "images" / "test" / "000002.png").write_bytes(b"another size")
+    assert [part for part, classes in manifest_of(name).items() if classes != before[part]] == ["test"]

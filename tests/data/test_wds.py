@@ -153,3 +153,17 @@ def test_the_manifest_changes_with_the_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "a-0.tar", samples(1, 11))
     assert changes(before, manifest_of(f"wds:{tmp_path}"))
     assert manifest_of(f"wds:{tmp_path / 'none'}") == {}
+
+
+def test_a_key_of_a_json_file_may_be_called_as_another_file(tmp_path: Path) -> None:
+    files = []
+    for i in range(20):
+        row = json.dumps({"cls": 7, "label": "ab"[i % 2]}).encode()
+        texts = [(f"{i:02}.json", row), (f"{i:02}.cls", b"%d" % (i % 2))]
+        files += [(f"{i:02}.png", png(i)), *(texts if i % 3 else texts[::-1])]
+    write_shard(tmp_path / "a.tar", files)
+    assert load(tmp_path, ",label=label").classes == ("a", "b")
+    assert load(tmp_path, ",label=cls").classes == ("0", "1")  # of the files, in any order
+    write_shard(tmp_path / "a.tar", [*files, ("00.json", b"{}")])
+    with pytest.raises(DataError, match=r"00\.json twice"):
+        load(tmp_path)

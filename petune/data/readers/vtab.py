@@ -22,7 +22,7 @@ from petune.data.copies import copies_note
 from petune.data.dataset import Dataset, Split, Target
 from petune.data.find_images import size_and_time
 from petune.data.images import decode_images
-from petune.data.manifest import Manifest, file_entry
+from petune.data.manifest import Manifest, file_entry, name_below
 from petune.data.reader import DatasetReader, LabeledFiles, ReadContext, ReaderConfig
 
 FORMAT = 1
@@ -143,7 +143,7 @@ def _unused_note(lists: dict[str, _Listed]) -> str:
 
 
 def _read_list(folder: Path, name: str) -> _Listed:
-    """Read one list; paths are those of images in the folder, or in its folder `images`."""
+    """Read one list; paths are absolute, or those of images in the folder or in its folder `images`."""
     file = folder / name
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -197,7 +197,7 @@ def _check_apart(folder: Path, lists: dict[str, _Listed]) -> None:
 
 
 def _read(listed: _Listed, folder: Path, side: int) -> Split:
-    entries = [[str(path.relative_to(folder)), *size_and_time(path)] for path in listed.files]
+    entries = [[name_below(path, folder), *size_and_time(path)] for path in listed.files]
     labels = listed.labels.tolist()
     key = {"vtab": FORMAT, "root": str(folder.resolve()), "side": side, "files": entries, "labels": labels}
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from petune.base.text import plural
 from petune.data.cache import Allocate, Fallback, cached_split
+from petune.data.cut import Samples
 from petune.data.dataset import CUT_TEST_NOTE, MAX_BROKEN, Dataset, Split, Target
 from petune.data.find_images import IMAGES, VIDEOS, FileKind, size_and_time
 from petune.data.folder import BROKEN_LABEL, CROP
@@ -24,7 +25,7 @@ from petune.data.tables.plan import Plan
 from petune.data.tables.table import listed
 from petune.data.tables.videos import clips_of, finished, has_videos, look_at_videos
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same contents are decoded to other pixels, so that decoded caches are rebuilt."""
 Rows = NDArray[np.int64]
 
@@ -110,7 +111,7 @@ class _Loader:
         """Return JSON that changes with the images: path, size and time of each file, or those of the table."""
         if column.files is None:
             return self.plan.table.version()
-        return [[str(path), *size_and_time(path)] for path in column.files]
+        return [[str(path.resolve()), *size_and_time(path)] for path in column.files]
 
     def _fill_images(self, allocate: Allocate) -> tuple[Rows, Rows]:
         form = self.plan.images.form
@@ -198,7 +199,7 @@ class _Samples:
     def _split(self, rows: Rows) -> Split:
         groups = self.plan.groups
         has_masks = self.target.kind == "mask"
-        if has_masks and len(np.unique(self.images.rows)) < len(self.images.rows) and groups is None:
+        if has_masks and len(np.unique(self.images.rows)) < len(self.images.rows):
             groups = self._groups_of_copies()
         return Split(
             images=self.images.images,
@@ -211,11 +212,12 @@ class _Samples:
         )
 
     def _groups_of_copies(self) -> Rows:
-        """Return a group for each image and split: copies have masks of their own, but stay together."""
+        """Return groups in which copies of one split stay together, because each copy has a mask of its own."""
         part_of = np.zeros(len(self.images.rows), np.int64)
         for number, rows in enumerate(self.plan.parts.values()):
             part_of[rows] = number
-        return self.images.rows * len(self.plan.parts) + part_of
+        copies = self.images.rows * len(self.plan.parts) + part_of
+        return copies if self.plan.groups is None else Samples("mask", copies, copies, self.plan.groups).units()
 
     def _name(self, row: int) -> str:
         return self.plan.row_names[row]

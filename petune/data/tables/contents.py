@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from petune.base.config import expand_home
 from petune.base.errors import DataError
 from petune.base.text import plural
-from petune.data.band_files import form_of, form_of_all, is_array_file, may_have_bands, read_bands
+from petune.data.band_files import (
+    check_channels_first,
+    form_of,
+    form_of_all,
+    is_array_file,
+    may_have_bands,
+    read_bands,
+)
 from petune.data.bands import RGB, ImageForm, bands_square, is_channels_first
 from petune.data.find_images import IMAGES, FileKind
 from petune.data.image_limit import refuse_bomb
@@ -43,12 +50,12 @@ class ImageColumn:
     Attributes:
         table: The rows.
         name: The column.
-        channels_first: Arrays are (C, H, W).
+        channels_first: Arrays are (C, H, W); False for (H, W, C) of any shape, None for those that look so.
     """
 
     table: Table
     name: str
-    channels_first: bool = False
+    channels_first: bool | None = None
 
     def contents(self) -> Iterator[list[Content]]:
         """Yield the images in parts: paths, bytes or arrays (H, W) or (H, W, C).
@@ -104,9 +111,10 @@ class ImageColumn:
         """Channels and type of all images: those of the files, or of the first image in the table.
 
         Raises:
-            DataError: Two files differ.
+            DataError: Two files differ, or `channels_first` is not how a file is read.
         """
         if self.files is not None:
+            self._check_layout(self.files)
             return form_of_all(self.files)
         first = next((content for part in self.contents() for content in part), None)
         if isinstance(first, bytes):
@@ -115,9 +123,12 @@ class ImageColumn:
                     f"{self.table.title}: {self.name} holds the bytes of videos, which are read from files. Write each "
                     "to a file, and put the paths into the table"
                 )
+            self._check_layout([first])
             return form_of(first) or RGB
-        if not isinstance(first, np.ndarray) or first.ndim != 3 or is_channels_first(first.shape):
+        if not isinstance(first, np.ndarray) or first.ndim != 3:
             return RGB
+        if self.channels_first is None and is_channels_first(first.shape):
+            return RGB  # decoding refuses it
         channels, is_float = first.shape[-1], first.dtype.kind == "f"
         if channels in CHANNELS and not is_float:
             return RGB
@@ -129,6 +140,11 @@ class ImageColumn:
         if isinstance(content, Path):
             return str(content)
         return f"{self.table.title}, {self.table.row_name(row) if keys is None else keys[row]}"
+
+    def _check_layout(self, sources: Sequence[Path | bytes]) -> None:
+        if self.channels_first is not None:
+            for source in sources:
+                check_channels_first(source, self.channels_first)
 
     def _content(self, value: Any, row: int) -> Content:
         where = f"{self.table.title}, {self.table.row_name(row)}"
@@ -217,14 +233,22 @@ def map_contents(
 
 
 def image_size(content: Content) -> tuple[int, int]:
-    """Return width and height of an image as it is shown, without decoding it."""
-    from PIL import ExifTags, Image
+    """Return width and height of an image as it is shown; only bands that Pillow does not know are decoded for it.
+
+    Raises:
+        DataError: It is broken. Pillow's other errors mean the same.
+    """
+    from PIL import ExifTags, Image, UnidentifiedImageError
 
     if isinstance(content, np.ndarray):
         return content.shape[1], content.shape[0]
-    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-        width, height = image.size
-        sideways = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            width, height = image.size
+            sideways = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    except UnidentifiedImageError:
+        height, width = read_bands(content).shape[:2]
+        return width, height
     return (height, width) if sideways else (width, height)
 
 

@@ -9,6 +9,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from petune.data.tables.contents import ImageColumn, image_size, map_contents
 from petune.data.tables.options import ColumnOptions
 from petune.data.tables.table import Content, listed
 from petune.data.target import Target
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IGNORE = 255
 """Value of ignored pixels in the masks that petune trains on."""
@@ -137,9 +141,9 @@ def decode_masks(
             raise DataError(wrong[min(wrong)])
         for i, classes in enumerate(results):
             size = next(sizes) if sizes is not None else None
-            if classes is None or out is None or size is None:
+            if classes is None or out is None:
                 continue
-            if classes.shape[::-1] != size:
+            if size is not None and classes.shape[::-1] != size:
                 name = masks.row_name(start + i, contents[i])
                 raise DataError(
                     f"{name} is {classes.shape[1]}x{classes.shape[0]}, but its image is {size[0]}x{size[1]}. A mask "
@@ -178,7 +182,10 @@ def _values(content: Content) -> NDArray[np.uint8]:
                 raise DataError("is a JPEG, which changes the values of masks. Save masks as PNG")
             if image.mode not in {"1", "L", "P", "I", "I;16"}:
                 raise DataError(f"has mode {image.mode}. A mask is a palette or gray image with a class a pixel")
+            largest = _largest_level(image)
             values = np.asarray(ImageOps.exif_transpose(image))
+            if largest is not None:
+                values = np.rint(values * (largest / (255 if image.mode == "L" else 65535))).astype(np.int64)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]
     if values.ndim != 2 or values.dtype.kind not in "biu":
@@ -186,6 +193,16 @@ def _values(content: Content) -> NDArray[np.uint8]:
     if values.size and (values.min() < 0 or values.max() > 255):
         raise DataError(f"has values from {values.min()} to {values.max()}. Masks have classes from 0 to 254")
     return values.astype(np.uint8)
+
+
+def _largest_level(image: Image) -> int | None:
+    """Return the value of white in the file, if Pillow stretches its values to 8 or 16 bits; else None."""
+    tiles = getattr(image, "tile", None)  # what Pillow's decoder will get
+    arguments = tiles[0][3] if tiles else None
+    if image.format == "PPM":
+        return int(arguments[1]) if isinstance(arguments, tuple) else None
+    rawmode = str(arguments[0] if isinstance(arguments, tuple) else arguments)
+    return next((2**bits - 1 for bits in (2, 4) if rawmode.startswith(f"L;{bits}")), None)
 
 
 def _unknown_message(unknown: list[int], codes: MaskCodes) -> str:

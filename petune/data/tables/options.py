@@ -43,7 +43,8 @@ class ColumnOptions(ReaderConfig):
         split: Column of `train`, `val` and `test`. Without one, a fifth is cut for testing.
         weight: Column of each image's weight in the loss.
         group: Column of groups (a patient, a video) that are never divided between splits.
-        channels_first: Arrays are (channels, height, width).
+        channels_first: Arrays are (channels, height, width); false for (height, width, channels) of any shape. The
+            layout of NPY files is read from their shape, and another one is refused.
     """
 
     text_options: ClassVar[frozenset[str]] = frozenset(
@@ -61,7 +62,7 @@ class ColumnOptions(ReaderConfig):
     split: Name | None = None
     weight: Name | None = None
     group: Name | None = None
-    channels_first: bool = False
+    channels_first: bool | None = None
 
     @model_validator(mode="after")
     def _check_combination(self) -> ColumnOptions:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from petune.base.errors import DataError
 from petune.data.find_images import size_and_time
-from petune.data.manifest import Manifest, digest
+from petune.data.manifest import Manifest, digest, name_below
 from petune.data.tables.columns import TargetColumns, image_column, target_columns
 from petune.data.tables.contents import ImageColumn
 from petune.data.tables.masks import MaskCodes, mask_target
@@ -138,8 +138,7 @@ class Plan:
 
 
 def _file(path: Path, folder: Path) -> tuple[str, int]:
-    name = path.relative_to(folder) if path.is_relative_to(folder) else path
-    return str(name), size_and_time(path)[0]
+    return name_below(path, folder), size_and_time(path)[0]
 
 
 def _split_column(table: Table, options: ColumnOptions) -> tuple[str | None, str]:

@@ -57,7 +57,7 @@ class WdsTable:
     def __init__(self, files: Sequence[Path], title: str) -> None:
         self.title = title
         self.folder = Path()
-        self._shards = [_index(file, *file_key(file)[1:]) for file in files]
+        self._shards = [_index(file, *file_key(file)) for file in files]
         self._rows = [(shard, key) for shard in self._shards for key in shard.samples]
         self._splits = _splits_of(files)
         found = _merged_images([shard.samples[key] for shard, key in self._rows])
@@ -147,9 +147,10 @@ def is_image(extension: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _index(file: Path, _size: int, _time_ns: int) -> Shard:
+def _index(file: Path, _resolved: str, _size: int, _time_ns: int) -> Shard:
     """Return the samples of a shard; keys need not be in order."""
     samples: dict[str, dict[str, Any]] = {}
+    seen: set[tuple[str, str]] = set()
     try:
         with tarfile.open(file) as tar:
             for member in tar:
@@ -157,8 +158,9 @@ def _index(file: Path, _size: int, _time_ns: int) -> Shard:
                 if not member.isfile() or not extension:
                     continue
                 sample = samples.setdefault(key, {})
-                if extension in sample:
+                if (key, extension) in seen:
                     raise DataError(f"{file} holds {key}.{extension} twice. Write it once")
+                seen.add((key, extension))
                 if is_image(extension):
                     sample[extension] = None
                 else:
@@ -172,7 +174,7 @@ def _index(file: Path, _size: int, _time_ns: int) -> Shard:
 
 
 def _add_text(sample: dict[str, Any], extension: str, content: bytes, where: str) -> None:
-    """Add the values of a file that is no image: the keys of a JSON object, or its text."""
+    """Add the values of a file that is no image: its text, or the keys of a JSON object that no file is named like."""
     try:
         if extension == "json":
             values = json.loads(content)
