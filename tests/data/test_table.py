@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -394,16 +393,3 @@ def test_a_copy_or_other_options_of_the_training_table_are_recognized(tmp_path: 
 def test_class_names_of_parquet_metadata() -> None:
     target = dataset_target(f"table:{CIFAR}")
     assert target.names[:3] == ("airplane", "automobile", "bird")
-
-
-def test_tables_of_one_relative_path_in_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, level in (("a", 10), ("b", 200)):
-        folder = tmp_path / name
-        folder.mkdir()
-        rows = [{"image": f"{i}.npy", "label": i % 2} for i in range(8)]
-        for i in range(8):
-            np.save(folder / f"{i}.npy", np.full((8, 8, 3), level + i, np.uint8))
-            os.utime(folder / f"{i}.npy", (1e9, 1e9))
-        write_table(folder / "t.csv", rows)
-        monkeypatch.chdir(folder)
-        assert load(Path("t.csv")).train.images[:].mean() == level + 3.5
