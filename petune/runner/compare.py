@@ -62,6 +62,7 @@ def compare(
     chosen = choose_executor(executor)
     config = CompareConfig.from_call(config, fields, "petune.compare(...)").completed()
     config.run.check_one_fold()
+    config.run.check_final_fit()
     run_dir = config.directory
     options = check_methods(config.methods)
     _check_directory(run_dir)
@@ -110,6 +111,7 @@ def check_comparison(config: CompareConfig) -> None:
         UsageError: See `compare`.
     """
     config.run.check_one_fold()
+    config.run.check_final_fit()
     check_methods(config.methods)
     _check_directory(config.directory)
     check_run_dir(config.directory, config.to_store(), resume=True, command="compare", may_change=MAY_GROW)

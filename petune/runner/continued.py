@@ -120,6 +120,19 @@ def keeps_head(saved: SavedAdapter, task: Task[Any]) -> bool:
     return (before.name, before.target.kind, before.target.names) == (task.name, task.target.kind, task.target.names)
 
 
+def keep_head_state(task: Task[Any], saved: SavedAdapter) -> None:
+    """Give a task what the outputs of an adapter's head depend on, such as the mean of the numbers that it trained on.
+
+    Args:
+        task: Fitted to the new images; changed in place.
+        saved: The adapter whose head is continued.
+    """
+    before = restore_task(saved.config["metadata"]).state
+    kept = {key: before[key] for key in task.head_state if key in before}
+    if kept:
+        task.bind(task.target, {**task.state, **kept})
+
+
 def tensors_digest(saved: SavedAdapter) -> str:
     """Return the SHA-256 of an adapter's file of tensors."""
     return hashlib.sha256((saved.path / TENSOR_FILE).read_bytes()).hexdigest()

@@ -132,12 +132,13 @@ def fold_runs(config: RunConfig, seeds: Sequence[int] | None = None) -> list[Run
         seeds: See `cross_validate`.
 
     Raises:
-        ConfigError: There are no `folds`, one `fold` is named, or a seed is given twice.
+        ConfigError: There are no `folds`, one `fold` is named, a seed is given twice, or see `check_final_fit`.
     """
     if config.folds is None or config.fold is not None:
         raise ConfigError("cross-validation needs the number of folds, and no single fold", cli_hint="Give --folds 5")
     if seeds is not None and (not seeds or len({*seeds}) < len(seeds)):
         raise ConfigError(f"seeds are {', '.join(map(str, seeds)) or 'empty'}. Give at least one, and each once")
+    config.check_final_fit()
     output = config.output or Path("runs") / f"{_name(config, seeds)}-folds{config.folds}"
     runs = []
     for fold in range(1, config.folds + 1):

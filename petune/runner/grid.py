@@ -204,6 +204,7 @@ def compare_datasets(
     if not config.datasets:
         raise ConfigError("no datasets to compare on. Name them as datasets", cli_hint="Repeat --dataset")
     config.run.check_one_fold()
+    config.run.check_final_fit()
     parts = {dataset: config.on(dataset) for dataset in config.datasets}
     group = init_group()
     for part in parts.values():  # names are checked before the first dataset trains

@@ -20,7 +20,9 @@ OLD_FILES = {INPUTS_FILE: "began.json", MANIFEST_FILE: "pictures.json"}
 OLD_COMPARE_CONFIG = "compare.yaml"
 """The configuration of a comparison; `config.yaml` held what its runs share."""
 KEYS = {"train_per_class": "shots", "over": "search", "at_once": "parallel_trials"}
-"""New keys by old ones."""
+"""New keys of a configuration by old ones. Elsewhere the same words are names of classes, metrics or options."""
+CONFIGS = {"config", "run"}
+"""Keys of a configuration inside a table, or inside another configuration."""
 VALUES = {
     ("variant", "seed"): "paddle_study",
     ("augment", "seed"): "paddle_study",
@@ -44,21 +46,32 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """Read `inputs.json` or `dataset_manifest.json`; empty if there is none, or it cannot be read."""
+    """Read `inputs.json`, `dataset_manifest.json` or `splits.json`; empty if there is none, or it cannot be read."""
     old = file.with_name(OLD_FILES.get(file.name, file.name))
     try:
-        record = updated(json.loads((file if file.exists() else old).read_text(encoding="utf-8")))
+        record = json.loads((file if file.exists() else old).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    if file.name == INPUTS_FILE:  # the others hold names of classes and files, which are not petune's words
+        record = updated(record)
     return record if isinstance(record, dict) else {}
 
 
-def updated(data: Any) -> Any:
-    """Return plain data of an older version in the words of today; data of this version stays as it is."""
+def updated(data: Any, *, is_config: bool = True) -> Any:
+    """Return plain data of an older version in the words of today; data of this version stays as it is.
+
+    Args:
+        data: A configuration, a table that has one, a result, or a part of them.
+        is_config: Keys of a configuration may be in it.
+    """
     if isinstance(data, dict):
-        return {_method(KEYS.get(key, key)): _value(key, value) for key, value in data.items()}
+        keys = KEYS if is_config else {}
+        return {
+            _method(keys.get(key, key)): _value(key, value, is_config=is_config and key in CONFIGS)
+            for key, value in data.items()
+        }
     if isinstance(data, list):
-        return [updated(item) for item in data]
+        return [updated(item, is_config=is_config) for item in data]
     return _method(data)
 
 
@@ -129,12 +142,14 @@ def _row(row: Any) -> Any:
     return {**others, **values}
 
 
-def _value(key: str, value: Any) -> Any:
+def _value(key: str, value: Any, *, is_config: bool) -> Any:
     if key == "provenance":  # a record of what happened then
         return value
     if isinstance(value, list):
-        return [_value(key, item) for item in value]
-    return VALUES[key, value] if isinstance(value, str) and (key, value) in VALUES else updated(value)
+        return [_value(key, item, is_config=is_config) for item in value]
+    if isinstance(value, str) and (key, value) in VALUES:
+        return VALUES[key, value]
+    return updated(value, is_config=is_config)
 
 
 def _method(text: Any) -> Any:

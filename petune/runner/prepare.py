@@ -25,7 +25,7 @@ from petune.injector.load import has_other_head, start_from
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.backbone_dropout import choose_backbone_dropout
 from petune.runner.check_options import check_head, check_layer_decay
-from petune.runner.continued import check_same_model, describe_start, keeps_head, tensors_digest
+from petune.runner.continued import check_same_model, describe_start, keep_head_state, keeps_head, tensors_digest
 from petune.runner.input_tokens import warn_of_tokens
 from petune.runner.kept_splits import record_splits
 from petune.runner.provenance import PeakMemory, record_git_state
@@ -245,12 +245,14 @@ def initial_values(config: RunConfig, task: Task[Any], start: SavedAdapter | Non
 
 
 def _continue(attachment: Attachment, start: SavedAdapter, task: Task[Any], context: RunContext) -> Statistics:
-    """Start from an adapter's values; return the statistics that its images were normalized by."""
+    """Start from an adapter's values, and what its head depends on; return the statistics that normalized its images."""
     with_head = keeps_head(start, task)
     if with_head and task.has_own_head and has_other_head(attachment, start):
         with_head = False
         context.note("its head is not continued, because options of the task gave it another shape")
     start_from(attachment, start, with_head=with_head)
+    if with_head:
+        keep_head_state(task, start)
     classifier = "with its classifier" if with_head else "with a new classifier, because the classes differ"
     context.note(f"continues from {describe_start(start)}, {classifier}")
     recorded = start.config["metadata"]["preprocess"]

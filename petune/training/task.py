@@ -78,6 +78,8 @@ class Task(Generic[ConfigT]):
         needs_whole_batch: The loss of an image depends on the other images of its batch, so batches are not divided
             into micro-batches or among processes.
         smooths_labels: `loss` applies label smoothing; without it, `train.label_smoothing` is refused.
+        head_state: Keys of `state` that the head's outputs depend on, such as the mean of the numbers. A run that
+            continues from another one with its head keeps these, too; the others are fitted to its own images.
         name: The name under which the task was built; empty for one that was made by hand.
         config: The options of this instance.
         target: Kind and names of the targets; set by `bind`.
@@ -90,6 +92,7 @@ class Task(Generic[ConfigT]):
     always_defined: tuple[str, ...] = ()
     needs_whole_batch: bool = False
     smooths_labels: bool = False
+    head_state: tuple[str, ...] = ()
     name: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 import petune
 from petune.base.errors import UsageError
 from petune.runner.comparison import Comparison
-from petune.runner.file_names import CONFIG_FILE, INPUTS_FILE, MANIFEST_FILE
+from petune.runner.file_names import CONFIG_FILE, INPUTS_FILE, MANIFEST_FILE, SPLITS_FILE
 from petune.runner.migrations import migrate_run_dir, read_config, read_record, updated
 from petune.runner.report.find_runs import find_runs
 from petune.runner.report.page import write_page
@@ -164,6 +165,37 @@ def test_an_old_folder_manifest_and_record_are_read_and_renamed(tmp_path: Path) 
     assert {path.name for path in tmp_path.iterdir()} == {MANIFEST_FILE, INPUTS_FILE}
     assert read_record(tmp_path / MANIFEST_FILE) == manifest
     assert read_record(tmp_path / INPUTS_FILE) == {"lr": 0.1}
+
+
+def test_names_of_classes_metrics_and_options_are_not_old_keys(tmp_path: Path) -> None:
+    words = {"over": 1, "at_once": 2, "train_per_class": 3}
+    for name in (MANIFEST_FILE, SPLITS_FILE):
+        (tmp_path / name).write_text(json.dumps({"train": words}))
+        assert read_record(tmp_path / name) == {"train": words}
+    (tmp_path / INPUTS_FILE).write_text(json.dumps({"options": {"mine": words}, "task": {"options": words}}))
+    assert read_record(tmp_path / INPUTS_FILE) == {"options": {"mine": words}, "task": {"options": words}}
+    assert updated({"metrics": words, "lrs": words}) == {"metrics": words, "lrs": words}
+    table = updated({"config": {"over": words, "run": {"train_per_class": 5}}, "rows": [{"params": words}]})
+    assert table == {"config": {"search": words, "run": {"shots": 5}}, "rows": [{"params": words}]}
+
+
+def test_a_comparison_on_a_class_called_over_is_repeated_and_evaluated(tmp_path: Path) -> None:
+    for name, level in (("over", 200), ("under", 40)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (8, 8), (level + number,) * 3).save(tmp_path / "images" / name / f"{number}.png")
+    options: dict[str, Any] = {
+        "methods": ("linear",), "output": tmp_path / "table",
+        "run": {
+            "dataset": f"folder:{tmp_path / 'images'}", "backbone": "vit_nano", "weights": "none", "image_size": 8,
+            "backbone_options": {"depth": 1, "embed_dim": 24, "num_heads": 2}, "device": "cpu",
+            "train": {"epochs": 1, "batch_size": 8},
+        },
+    }  # fmt: skip
+    first = petune.compare(**options)
+    assert petune.compare(**options) == first
+    (run_dir,) = (file.parent for file in (tmp_path / "table").glob("*/result.json"))
+    assert petune.evaluate(run_dir, device="cpu").top1 == pytest.approx(RunResult.read(run_dir).top1)
 
 
 def test_values_are_updated_where_they_mean_the_study() -> None:

@@ -25,7 +25,7 @@ from petune.runner.run_name import run_name
 from petune.runner.stored_config import write_config
 from petune.runner.sweep.fit import FIT, Fit
 from petune.runner.sweep.proposals import is_full_grid, num_trials, propose, require_sampler
-from petune.runner.sweep.space import contains
+from petune.runner.sweep.space import contains, corners
 from petune.runner.sweep.sweep_config import SweepConfig, to_text
 from petune.runner.sweep.trials import Sweep, Trial, read_sweep
 from petune.training.events import Event, Note
@@ -80,6 +80,8 @@ def check_sweep(config: SweepConfig) -> None:
         UnknownName, ConfigError: See `check_task`.
     """
     config.run.check_one_fold()
+    for params in corners(config.search):
+        config.trial(params).check_final_fit()
     check_task(config.run.task, config.run.train.choose)
     require_sampler(config.search, config.trials)
     check_run_dir(_directory(config), _to_store(config), resume=True, command="sweep", may_change=MAY_CHANGE)
@@ -144,7 +146,7 @@ class _Search:
         while batch := self._next_batch():
             self._try(batch)
         best = self.table.best
-        has_test = best is not None and (self.config.test or RunResult.exists(self._trial_dir(best)))
+        has_test = best is not None and (self.config.test or RunResult.exists(self._test_dir(best)))
         self._save(finished=True, result=self._test(best) if best is not None and has_test else None)
         if best is None:
             self.watch(Note(self.table.why_no_best()))
@@ -217,10 +219,10 @@ class _Search:
                 shutil.rmtree(self._trial_dir(other.trial) / "checkpoints", ignore_errors=True)
 
     def _test(self, best: int) -> RunResult:
-        """Test the best trial: its run continues where its training ended."""
-        was_tested = RunResult.exists(self._trial_dir(best))
+        """Test the best trial: its run continues where its training ended, or trains on train and val from the start."""
+        was_tested = RunResult.exists(self._test_dir(best))
         self.watch(Note(f"trial {best} is the best on val and {'was tested before' if was_tested else 'is tested'}"))
-        config = self._trial_config(self.table.rows[best])
+        config = self._test_config(self.table.rows[best])
         if self.executor is serial:
             return run(config, watch=self.watch)
 
@@ -247,10 +249,22 @@ class _Search:
 
     def _trial_config(self, row: Trial) -> RunConfig:
         config = self.config.trial(row.params)
+        if config.final_fit == "only":  # val compares the trials by their last epoch, which the test is of, too
+            train = config.train.model_copy(update={"val_every": config.train.epochs})
+            config = config.model_copy(update={"final_fit": "none", "train": train})
         return config.model_copy(update={"output": self._trial_dir(row.trial), "resume": True})
+
+    def _test_config(self, row: Trial) -> RunConfig:
+        config = self.config.trial(row.params)
+        return config.model_copy(update={"output": self._test_dir(row.trial), "resume": True})
 
     def _trial_dir(self, number: int) -> Path:
         return self.sweep_dir / f"trial-{number:03d}"
+
+    def _test_dir(self, number: int) -> Path:
+        """Return the directory of a trial's test: its own, unless the test trains on train and val from the start."""
+        trial_dir = self._trial_dir(number)
+        return trial_dir.with_name(f"{trial_dir.name}-final") if self.config.run.final_fit == "only" else trial_dir
 
 
 def _try_again(row: Trial) -> Trial:

@@ -57,6 +57,7 @@ class Regression(Task[RegressionConfig]):
     target_kind = "number"
     metrics: tuple[Metric, ...] = (MAE, RMSE, R2)
     always_defined = (MAE.name, RMSE.name)
+    head_state = ("mean", "std")
 
     def bind(self, target: Target, state: dict[str, Any]) -> None:
         """Set the targets and the state; several numbers have metrics of their own."""
