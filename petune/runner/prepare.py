@@ -299,7 +299,7 @@ def prepare_backbone(
         head=config.head,
         seed=initial.seed,
         initial_classes=initial.num_classes,
-        keep_head_of=task.target.classes if keep_head and not task.has_own_head else None,
+        keep_head_of=(task.target.classes or None) if keep_head and not task.has_own_head else None,
         channels=channels,
         num_frames=num_frames,
         stay_in_file=stay_in_file,

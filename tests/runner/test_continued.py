@@ -108,6 +108,30 @@ def test_other_classes_get_a_new_classifier(method: str, head: str, tmp_path: Pa
     assert len(petune.predict(output, [tmp_path / "images" / "dark" / "0.png"])[0].top) == 2
 
 
+def _numbers(folder: Path, low: int, high: int) -> str:
+    """Gray images whose number is their level."""
+    folder.mkdir()
+    levels = np.linspace(low, high, 60).astype(int)
+    for number, level in enumerate(levels):
+        Image.new("RGB", (8, 8), (int(level),) * 3).save(folder / f"{number}.png")
+    lines = ["image,level", *(f"{number}.png,{level}" for number, level in enumerate(levels))]
+    (folder / "table.csv").write_text("\n".join(lines))
+    return f"table:{folder / 'table.csv'},target=level"
+
+
+def test_a_continued_head_of_numbers_keeps_their_mean_and_deviation(tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    options = {**TINY, "shots": None, "image_size": 8, "dataset": _numbers(tmp_path / "a", 0, 250)}
+    petune.run(method="linear", **options, train=TRAIN, output=first)
+    petune.run(
+        from_run=first, dataset=_numbers(tmp_path / "b", 200, 250), device="cpu", train=STILL, output=again
+    )  # fmt: skip
+    assert _metadata(again)["task"]["state"] == _metadata(first)["task"]["state"]
+    image = tmp_path / "b" / "0.png"
+    before, after = (petune.predict(run, [image])[0].numbers["level"] for run in (first, again))
+    assert after == pytest.approx(before, rel=1e-4)
+
+
 def test_the_configuration_is_complete_and_repeats_the_run(source: Path, tmp_path: Path) -> None:
     first = petune.run(from_run=source, train=TRAIN, device="cpu", output=tmp_path / "a")
     config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
