@@ -41,13 +41,11 @@ def run(
 
     The epoch is chosen on a validation split. The run directory holds config, metrics, result and adapter.
     """
-    from petune.runner.continued import complete_from_run
-    from petune.runner.recipes import complete_from_recipe
+    from petune.runner.recipes import complete_run
     from petune.runner.run_config import RunConfig
 
     values = settings.values() if folds is None else {**settings.values(), "folds": folds}
-    config = complete_from_run(RunConfig.build(values, settings.source))
-    config = complete_from_recipe(config, (config.method,))
+    config = complete_run(RunConfig.build(values, settings.source))
     seed_list = settings.seeds(seeds)
     is_validation = config.folds is not None and config.fold is None
     check_tracker(tracker)

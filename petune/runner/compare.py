@@ -10,7 +10,7 @@ from petune.backbones.create import check_weights
 from petune.backbones.quantize import check_base_precision
 from petune.base.arguments import check_watch
 from petune.base.distributed import init_group
-from petune.base.errors import CheckpointError, PetuneError, UsageError
+from petune.base.errors import CheckpointError, ConfigError, PetuneError, UsageError
 from petune.base.metric import Metric
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import TunerConfig
@@ -53,6 +53,7 @@ def compare(
         watch: Called with every run, step, epoch and note.
 
     Raises:
+        ConfigError: It has `datasets`, which are for `petune.compare_datasets`, or an option is wrong.
         MissingExtra: The executor's package is not installed.
         WeightsUnavailable: The weights of the backbone cannot be had.
         UsageError: The directory holds something else or is in use, or one of its runs has other options.
@@ -61,6 +62,8 @@ def compare(
     check_watch("petune.compare", watch)
     chosen = choose_executor(executor)
     config = CompareConfig.from_call(config, fields, "petune.compare(...)").completed()
+    if config.datasets:
+        raise ConfigError("petune.compare has one dataset, and datasets names others. Use petune.compare_datasets")
     config.run.check_one_fold()
     config.run.check_final_fit()
     run_dir = config.directory

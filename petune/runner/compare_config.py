@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from petune.base.config import Config, UserPath
 from petune.base.errors import did_you_mean
 from petune.data.registry import DatasetText
+from petune.runner.continued import complete_from_run
 from petune.runner.recipes import complete_from_recipe, with_recipe_options
 from petune.runner.run_config import DEFAULT_RECIPE, RunConfig
 from petune.runner.run_name import directory_name, run_name
@@ -82,9 +83,13 @@ class CompareConfig(Config):
         return self.output or Path("runs") / compare_name(self)
 
     def completed(self) -> CompareConfig:
-        """Return the configuration with what its recipe sets for all runs; see `complete_from_recipe`."""
-        run = complete_from_recipe(self.run, self.methods)
-        if run.recipe == DEFAULT_RECIPE:
+        """Return the configuration with what all runs take from the run that they continue, and from their recipe.
+
+        Raises:
+            ConfigError, CheckpointError: See `complete_from_run` and `complete_from_recipe`.
+        """
+        run = complete_from_recipe(self._continued(), self.methods)
+        if run.recipe == DEFAULT_RECIPE or run.from_run is not None:
             return self.model_copy(update={"run": run})
         complete = {method: with_recipe_options(method, run.recipe) for method in self.methods}
         lrs = {complete[method]: lr for method, lr in self.lrs.items()}
@@ -93,6 +98,16 @@ class CompareConfig(Config):
             update={"run": run, "methods": tuple(complete.values()), "lrs": lrs, "baseline": baseline}
         )
 
+    def _continued(self) -> RunConfig:
+        """Return what the runs share, completed from the run that they continue, whose method all have."""
+        if self.run.from_run is None:
+            return self.run
+        starts = [
+            complete_from_run(self.run.model_copy(update={"method": method}), with_data=not self.datasets)
+            for method in self.methods
+        ]
+        return starts[0].model_copy(update={"method": self.run.method})
+
     def to_store(self) -> CompareConfig:
         """Return the configuration for `config.yaml`, without values that are not used."""
         fields = RunConfig.model_fields
@@ -100,10 +115,10 @@ class CompareConfig(Config):
         return self.model_copy(update={"run": run, "output": None})
 
     def on(self, dataset: str) -> CompareConfig:
-        """Return the configuration of the comparison on one of several datasets, in a directory of its own."""
+        """Return the complete configuration of the comparison on one of several datasets, in a directory of its own."""
         run = self.run.model_copy(update={"dataset": dataset})
         output = self.directory / directory_name(dataset)
-        return self.model_copy(update={"run": run, "datasets": (), "output": output})
+        return self.model_copy(update={"run": run, "datasets": (), "output": output}).completed()
 
     def runs(self) -> list[RunConfig]:
         """Return the configuration of each run, in its own directory, methods first and then seeds."""

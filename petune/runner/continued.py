@@ -23,7 +23,7 @@ from petune.runner.run_config import RunConfig
 from petune.training.task import Task
 from petune.training.task_registry import restore_task
 
-DATA_KEYS = ("dataset", "task", "data_dir", "on_broken", "val_fraction", "shots", "seed", "folds", "fold")
+DATA_KEYS = ("dataset", "task", "data_dir", "on_broken", "channels", "val_fraction", "shots", "seed", "folds", "fold")
 """Options that choose the images and the task. The old run's are taken together, so that its val images stay in val."""
 RECORDED_KEYS = {
     "backbone": "name",
@@ -36,8 +36,12 @@ RECORDED_KEYS = {
 Run = TypeVar("Run", bound=RunConfig)
 
 
-def complete_from_run(config: Run) -> Run:
+def complete_from_run(config: Run, *, with_data: bool = True) -> Run:
     """Return a configuration with what it leaves open filled in from the run in `from_run`, if it names one.
+
+    Args:
+        config: A run, or what the runs of a comparison share.
+        with_data: Take the options of its images, too.
 
     Raises:
         ConfigError: It contradicts that run, or the run's backbone is built by code of others.
@@ -49,10 +53,12 @@ def complete_from_run(config: Run) -> Run:
     given = config.model_dump(exclude_unset=True)
     _check_trusted(saved, given)
     recorded = _recorded_backbone(saved) | {"method": saved.config["metadata"].get("method", saved.config["tuner"])}
-    data = _data_options(config.from_run, saved)
-    if given.get("dataset", data["dataset"]) != data["dataset"]:
+    data = _data_options(config.from_run, saved) if with_data else {}
+    if with_data and given.get("dataset", data["dataset"]) != data["dataset"]:
         data = _task_options(data, saved, config)
     _check_val(config.from_run, given, data)
+    if saved.config["metadata"]["backbone"].get("channels") == 1:  # RGB images are converted for it
+        data = {"channels": 1, **data}
     given["from_run"] = config.from_run.absolute()
     complete = type(config).build({**data, **recorded, **given}, f"{config.from_run} and the given values")
     check_same_model(complete, saved)
@@ -81,10 +87,28 @@ def _check_val(from_run: Path, given: Mapping[str, Any], data: Mapping[str, Any]
         )
 
 
-def config_of_run(config: RunConfig) -> RunConfig | None:
-    """Return the configuration of the run that one continues from; None if only its adapter is left."""
-    assert config.from_run is not None
-    path = config.from_run
+def earlier_runs(config: RunConfig) -> list[tuple[Path, RunConfig]]:
+    """Return path and configuration of the runs that one continues, the latest first, of those that are still there.
+
+    Raises:
+        CheckpointError: There is no adapter in `from_run`.
+    """
+    if config.from_run is None:
+        return []
+    *before, _ = history(read_run_adapter(config.from_run))
+    paths = [config.from_run, *(Path(entry["path"]) for entry in reversed(before) if _is_unchanged(entry))]
+    configs = [(path, _config_at(path)) for path in paths]
+    return [(path, found) for path, found in configs if found is not None]
+
+
+def _is_unchanged(entry: Mapping[str, Any]) -> bool:
+    """Return True if an adapter of the history is still where it was: another one there says nothing about it."""
+    file = Path(entry["path"]) / TENSOR_FILE
+    return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == entry.get("sha256")
+
+
+def _config_at(path: Path) -> RunConfig | None:
+    """Return the configuration of a run that is named by itself or by its adapter; None if only the adapter is left."""
     for directory in (path, path.parent):
         if (directory / CONFIG_FILE).is_file():
             return RunConfig.build(read_config(directory / CONFIG_FILE), str(directory / CONFIG_FILE))

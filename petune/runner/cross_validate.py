@@ -18,6 +18,7 @@ from petune.base.text import html_table
 from petune.runner.differences import CONFIDENCE
 from petune.runner.events import RunStarted, WatchRuns
 from petune.runner.file_names import CONFIG_FILE, FOLDS_TABLE
+from petune.runner.recipes import complete_run
 from petune.runner.result import RunResult
 from petune.runner.run import run
 from petune.runner.run_config import RunConfig
@@ -108,7 +109,7 @@ def cross_validate(
     """
     check_watch("petune.cross_validate", watch)
     check_arguments("petune.cross_validate", seeds=(seeds, Sequence | None))
-    config = RunConfig.from_call(config, fields, "petune.cross_validate(...)")
+    config = complete_run(RunConfig.from_call(config, fields, "petune.cross_validate(...)"))
     runs = fold_runs(config, seeds)
     group = init_group()
     group.broadcast(lambda: check_fold_runs(runs))

@@ -245,7 +245,7 @@ def initial_values(config: RunConfig, task: Task[Any], start: SavedAdapter | Non
 
 
 def _continue(attachment: Attachment, start: SavedAdapter, task: Task[Any], context: RunContext) -> Statistics:
-    """Start from an adapter's values, and what its head depends on; return the statistics that normalized its images."""
+    """Start from an adapter's values and its head's state; return the statistics that its images were normalized by."""
     with_head = keeps_head(start, task)
     if with_head and task.has_own_head and has_other_head(attachment, start):
         with_head = False

@@ -73,6 +73,15 @@ class PretrainConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _trains_once(self) -> Self:
+        if self.final_fit == "train+val":
+            raise ValueError(
+                "a pretraining keeps its last epoch, so val chooses none to train again up to. Use final_fit=only to "
+                "train on train and val, or leave final_fit out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _mean_with_std(self) -> Self:
         if (self.mean is None) != (self.std is None):
             given, missing = ("std", "mean") if self.mean is None else ("mean", "std")

@@ -11,6 +11,7 @@ from petune.data.policy import check_augment
 from petune.data.steps import check_images
 from petune.injector.registry import build_tuner, parse_method
 from petune.injector.tuner import Recipe, Tuner
+from petune.runner.continued import complete_from_run
 from petune.runner.run_config import DEFAULT_RECIPE, RunConfig
 from petune.training.config import AUTO, TrainConfig
 
@@ -34,10 +35,21 @@ def choose_recipe(tuner: Tuner[Any], name: str) -> Recipe:
     return tuner.recipes[name]
 
 
+def complete_run(config: Run) -> Run:
+    """Return the configuration of a run with what it leaves open: from the run that it continues, then from its recipe.
+
+    Raises:
+        ConfigError, CheckpointError: See `complete_from_run` and `complete_from_recipe`.
+    """
+    config = complete_from_run(config)
+    return complete_from_recipe(config, (config.method,))
+
+
 def complete_from_recipe(config: Run, methods: Sequence[str]) -> Run:
     """Return a configuration with what the recipe that it names sets and it leaves open.
 
-    That is epochs, warm-up and head, and options of its method; see `with_recipe_options`.
+    That is epochs, warm-up and head, and options of its method; see `with_recipe_options`. A run that continues another
+    one keeps the options of that one's method.
 
     Learning rate, weight decay and optimizer stay open: they are filled in for each method when it trains.
 
@@ -51,7 +63,9 @@ def complete_from_recipe(config: Run, methods: Sequence[str]) -> Run:
     if config.recipe == DEFAULT_RECIPE:
         return config
     recipes = {method: choose_recipe(build_tuner(method), config.recipe) for method in methods}
-    method = with_recipe_options(config.method, config.recipe) if config.method in methods else config.method
+    method = config.method
+    if method in methods and config.from_run is None:
+        method = with_recipe_options(method, config.recipe)
     train = {key: _shared(recipes, key) for key in ("epochs", "warmup") if key not in config.train.model_fields_set}
     head = {} if "head" in config.model_fields_set else {"head": _shared(recipes, "head")}
     update: dict[str, Any] = {key: value for key, value in head.items() if value is not None}

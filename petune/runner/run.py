@@ -23,19 +23,18 @@ from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.adapter_metadata import save_adapter
-from petune.runner.continued import complete_from_run
 from petune.runner.directory_kind import check_kind
 from petune.runner.file_names import FIRST_BATCH_FILE
 from petune.runner.final_fit import Chosen, make_final_dir, note_of_one_fit
 from petune.runner.make_result import make_result, measure
 from petune.runner.prepare import RunContext, prepare
-from petune.runner.recipes import choose_recipe, complete_from_recipe
+from petune.runner.recipes import choose_recipe, complete_run
 from petune.runner.report.seen_images import first_batch
 from petune.runner.report.tiles import galleries_file
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
 from petune.runner.run_data import check_clips, has_final_fit
-from petune.runner.run_dir import make_unique_dir, open_run_dir
+from petune.runner.run_dir import latest_path, make_unique_dir, open_run_dir
 from petune.runner.run_name import run_name
 from petune.runner.test_values import write_test_values
 from petune.runner.trained import Trained
@@ -65,8 +64,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = ignore, **fields: Any
         PetuneError: See `petune.base.errors` for its kinds.
     """
     check_watch("petune.run", watch)
-    config = complete_from_run(RunConfig.from_call(config, fields, "petune.run(...)"))
-    config = complete_from_recipe(config, (config.method,))
+    config = complete_run(RunConfig.from_call(config, fields, "petune.run(...)"))
     return train_and_test(config, fine_tuning(config), watch)
 
 
@@ -108,6 +106,9 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
     config.check_one_fold()
     config.check_final_fit()
     group = init_group()
+    default_dir = Path("runs") / procedure.name
+    if config.output is None and config.resume:
+        config = config.model_copy(update={"output": group.broadcast(lambda: latest_path(default_dir))})
     if config.output is not None:
         group.broadcast(partial(check_kind, config.output, procedure.command))
     if config.output is None or not RunResult.exists(config.output):
@@ -116,7 +117,7 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
         group.main_first(lambda: check_base_precision(config.base_precision))
         group.main_first(lambda: check_weights(config.backbone, config.weights))
         group.main_first(lambda: check_clips(config))
-    run_dir = group.broadcast(lambda: config.output or make_unique_dir(Path("runs") / procedure.name))
+    run_dir = group.broadcast(lambda: config.output or make_unique_dir(default_dir))
     opened = open_run_dir(run_dir, config, resume=config.resume, command=procedure.command)
     with group.on_main(opened), StopFlag() as stop:
         finished = group.broadcast(lambda: RunResult.read(run_dir) if RunResult.exists(run_dir) else None)

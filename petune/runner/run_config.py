@@ -57,7 +57,7 @@ class RunConfig(Config):
         seed: Random seed of head, adapters, data order, augmentation and dropout. The val split does not depend on it.
         device: `auto` takes a GPU if there is one; otherwise a name of torch's: `cpu`, `cuda:1`, `mps`.
         output: The run directory; None creates one under `runs/`.
-        resume: Continue in `output` if it exists.
+        resume: Continue in `output` if it exists, or without `output` in the latest run of the same name under `runs/`.
         train: Options of the training loop.
     """
 

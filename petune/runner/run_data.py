@@ -8,7 +8,7 @@ from pathlib import Path
 
 from petune.backbones.create import Backbone, input_frames, input_side
 from petune.backbones.input_channels import RGB_CHANNELS
-from petune.base.errors import ConfigError, DataError
+from petune.base.errors import CheckpointError, ConfigError, DataError
 from petune.base.text import plural
 from petune.data import Dataset, load_dataset
 from petune.data.dataset import Split
@@ -18,7 +18,7 @@ from petune.data.manifest import file_digest
 from petune.data.merge import merge_val
 from petune.data.registry import build_reader, parse_dataset
 from petune.data.video.clips import Clips
-from petune.runner.continued import DATA_KEYS, config_of_run
+from petune.runner.continued import DATA_KEYS, earlier_runs
 from petune.runner.kept_splits import keep_splits
 from petune.runner.run_config import RunConfig
 from petune.runner.run_preprocess import are_convertible
@@ -117,7 +117,7 @@ def has_final_fit(config: RunConfig, dataset: Dataset) -> bool:
 
 
 def check_unseen(config: RunConfig, dataset: Dataset) -> None:
-    """Check that a run that continues another one neither chooses the epoch nor tests on images that it trained on.
+    """Check that a run that continues others neither chooses the epoch nor tests on images that one of them trained on.
 
     They can only be the same if both runs read the same dataset, with other options, folds or splits.
 
@@ -128,28 +128,35 @@ def check_unseen(config: RunConfig, dataset: Dataset) -> None:
     Raises:
         ConfigError: An image of val or test was trained on.
     """
-    before = config_of_run(config)
-    if before is None or dataset.kept_splits or _place(before) != _place(config):
+    if dataset.kept_splits:
         return
+    for path, before in earlier_runs(config):
+        if _place(before) != _place(config):
+            continue
+        trained = _trained_on(before, config, dataset)
+        for part, split in (("val", dataset.val), ("test", dataset.test)):
+            seen = sum(digest in trained for digest in _digests(split)) if trained else 0
+            if seen:
+                raise ConfigError(
+                    f"{path} trained on {seen} of {plural(len(split), 'image')} of {part}, because these runs "
+                    "divide the dataset in different ways. Leave out what differs (folds, group, split, val_fraction, "
+                    "final_fit), or use another dataset"
+                )
+
+
+def _trained_on(before: RunConfig, config: RunConfig, dataset: Dataset) -> set[bytes]:
+    """Return digests of the images that an earlier run on the same dataset trained on, and this run will not."""
     same = all(getattr(before, key) == getattr(config, key) for key in DATA_KEYS)
     if same and not has_final_fit(before, dataset):
-        return
+        return set()
     sizes = {key: getattr(config, key) for key in ("backbone", "image_size", "backbone_options", "channels")}
     try:
         earlier = prepare_data(before.model_copy(update=sizes))
-    except DataError:  # it is elsewhere or has changed, so that these are other images as far as anybody can tell
-        return
+    except (DataError, CheckpointError):  # it has changed, so that these are other images as far as anybody can tell
+        return set()
     if has_final_fit(before, earlier):
         earlier = merge_val(earlier)
-    trained = {*_digests(earlier.train)} - {*_digests(dataset.train)}  # copies within the dataset are told elsewhere
-    for part, split in (("val", dataset.val), ("test", dataset.test)):
-        seen = sum(digest in trained for digest in _digests(split))
-        if seen:
-            raise ConfigError(
-                f"{config.from_run} trained on {seen} of {plural(len(split), 'image')} of {part}, because these runs "
-                "divide the dataset in different ways. Leave out what differs (folds, group, split, val_fraction, "
-                "final_fit), or use another dataset"
-            )
+    return {*_digests(earlier.train)} - {*_digests(dataset.train)}  # copies within the dataset are told elsewhere
 
 
 def _digests(split: Split) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,11 @@ def test_what_the_test_would_refuse_is_refused_before_the_first_trial(
 def test_so_do_a_comparison_a_grid_and_a_cross_validation(directory: str, tmp_path: Path) -> None:
     run = {**TINY, "final_fit": "only", "train": {**TRAIN, "patience": 1}}
     output = tmp_path / directory
+    calls: dict[str, Callable[[], Any]] = {
+        "folds": lambda: petune.cross_validate(**run, folds=2, output=output),
+        "grid": lambda: petune.compare_datasets(methods=("linear",), datasets=("digits",), run=run, output=output),
+        "compare": lambda: petune.compare(methods=("linear",), run=run, output=output),
+    }
     with pytest.raises(ConfigError, match="patience"):
-        if directory == "folds":
-            petune.cross_validate(**run, folds=2, output=output)
-        elif directory == "grid":
-            petune.compare_datasets(methods=("linear",), datasets=("digits", "cifar10"), run=run, output=output)
-        else:
-            petune.compare(methods=("linear",), run=run, output=output)
+        calls[directory]()
     assert [*tmp_path.iterdir()] == []

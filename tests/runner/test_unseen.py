@@ -50,6 +50,16 @@ def test_other_splits_of_the_same_images_are_refused(
         petune.run(from_run=tmp_path / "first", dataset=dataset, train=TRAIN, output=tmp_path / "second", **second)
 
 
+def test_images_of_a_run_two_steps_before_are_refused(table: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train = {**TRAIN, "batch_size": 500}
+    petune.run(**TINY, dataset="digits", folds=3, fold=1, train=train, output=first)
+    petune.run(from_run=first, dataset=table, train=TRAIN, output=second)
+    with pytest.raises(ConfigError, match="first/adapter trained on"):
+        petune.run(from_run=second, dataset="digits", folds=3, fold=2, train=train, output=tmp_path / "third")
+    petune.run(from_run=second, dataset="digits", folds=3, fold=1, train=train, output=tmp_path / "third")
+
+
 def test_a_fold_is_continued_with_its_images(table: str, tmp_path: Path) -> None:
     petune.run(**TINY, dataset=table, train=TRAIN, output=tmp_path / "first", folds=3, fold=2)
     petune.run(from_run=tmp_path / "first", train=TRAIN, output=tmp_path / "second")

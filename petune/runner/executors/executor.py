@@ -22,6 +22,7 @@ from petune.base.errors import (
     UsageError,
     WeightsUnavailable,
 )
+from petune.runner.recipes import complete_run
 from petune.runner.result import RunResult
 from petune.runner.run import run
 from petune.runner.run_config import RunConfig
@@ -93,7 +94,8 @@ def _run(config: RunConfig, watch: Callable[[Event], None]) -> RunResult:
 def _read_run(config: RunConfig) -> RunResult | None:
     if config.output is None or not RunResult.exists(config.output):
         return None
-    with open_run_dir(config.output, config, resume=True, command="run"):
+    complete = complete_run(config)
+    with open_run_dir(config.output, complete, resume=True, command="run"):
         return RunResult.read(config.output)  # opened, so that a run of another configuration is refused
 
 

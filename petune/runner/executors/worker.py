@@ -25,7 +25,7 @@ class WorkerJob:
     """A run for a worker. Only plain data and names of functions travel; the result stays in the run directory.
 
     Attributes:
-        config: As JSON.
+        config: What was given, as JSON: the run completes the rest, as it would here.
         directory: The working directory, so that relative paths mean the same.
         environment: Variables to set.
         threads: For torch.
@@ -42,7 +42,7 @@ class WorkerJob:
     def create(cls, config: RunConfig, threads: int, work: Work = RUN) -> Self:
         """Return the job that does in a worker what would be done here."""
         environment = {key: value for key, value in os.environ.items() if key.startswith(FORWARDED)}
-        return cls(config.model_dump_json(), str(Path.cwd()), environment, threads, work)
+        return cls(config.model_dump_json(exclude_unset=True), str(Path.cwd()), environment, threads, work)
 
     def __call__(self, watch: Callable[[Event], None] = ignore) -> dict[str, Any]:
         """Do the run, or resume it from its checkpoint; return an answer for `read_answer`.

@@ -219,7 +219,7 @@ class _Search:
                 shutil.rmtree(self._trial_dir(other.trial) / "checkpoints", ignore_errors=True)
 
     def _test(self, best: int) -> RunResult:
-        """Test the best trial: its run continues where its training ended, or trains on train and val from the start."""
+        """Test the best trial: its run continues where its training ended, or trains on train and val."""
         was_tested = RunResult.exists(self._test_dir(best))
         self.watch(Note(f"trial {best} is the best on val and {'was tested before' if was_tested else 'is tested'}"))
         config = self._test_config(self.table.rows[best])

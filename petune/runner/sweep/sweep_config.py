@@ -10,7 +10,7 @@ from petune.base.config import Config, UserPath
 from petune.base.errors import ConfigError
 from petune.base.yaml_values import override
 from petune.injector.registry import build_tuner, parse_method
-from petune.runner.recipes import complete_from_recipe
+from petune.runner.recipes import complete_run
 from petune.runner.run_config import RunConfig
 from petune.runner.sweep.space import Params, Range, Value, corners
 from petune.training.config import TrainConfig
@@ -50,14 +50,24 @@ class SweepConfig(Config):
         return value
 
     @model_validator(mode="after")
+    def _options_of_the_start_stay(self) -> Self:
+        others = [key for key in self.search if not key.startswith(TRAINING)]
+        if self.run.from_run is not None and others:
+            raise ValueError(
+                f"from_run keeps the options of its method, so {', '.join(others)} cannot be searched. Search options "
+                "of the training, such as train.lr, or leave from_run out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trials_can_be_built(self) -> Self:
         for params in corners(self.search):
             self.trial(params)
         return self
 
     def completed(self) -> SweepConfig:
-        """Return the configuration with what its recipe sets for all trials; see `complete_from_recipe`."""
-        return self.model_copy(update={"run": complete_from_recipe(self.run, (self.run.method,))})
+        """Return the configuration with what all trials take from their recipe and start; see `complete_run`."""
+        return self.model_copy(update={"run": complete_run(self.run)})
 
     def trial(self, params: Params) -> RunConfig:
         """Return the run with these parameters.
