@@ -32,6 +32,8 @@ Allocate = Callable[..., NDArray[Any]]
 """(N images, side S, channels=3, dtype="uint8") to an array (N, S, S, C) on disk; it may be larger than the memory."""
 Decode = Callable[[Allocate], tuple[NDArray[np.int64], NDArray[np.int64]]]
 """Allocates the images (once), fills them, and returns their labels and rows, int64 (N,); see `Split`."""
+IsCurrent = Callable[[Split], bool]
+"""Tells if a stored split is still right: a file that was not readable may be now, with the same size and time."""
 
 
 def cache_dir() -> Path:
@@ -66,7 +68,13 @@ class _TooLarge(Exception):
         self.dtype = dtype
 
 
-def cached_split(key: dict[str, Any], decode: Decode, crop: float = 1.0, fallback: Fallback | None = None) -> Split:
+def cached_split(
+    key: dict[str, Any],
+    decode: Decode,
+    crop: float = 1.0,
+    fallback: Fallback | None = None,
+    is_current: IsCurrent = lambda stored: True,
+) -> Split:
     """Return the split that `decode` yields, decoded now or by an earlier run with the same key.
 
     Args:
@@ -75,37 +83,53 @@ def cached_split(key: dict[str, Any], decode: Decode, crop: float = 1.0, fallbac
         crop: See `Split`.
         fallback: Reads images that do not fit the cache. `decode` then gets an array that keeps no pixels, so that
             images are checked all the same, and only targets and rows are stored.
+        is_current: See `IsCurrent`.
 
     Raises:
         DataError: The cache directory is full or not writable; or the images do not fit, and there is no fallback.
     """
-    key = {**key, "pixels": PIXEL_FORMAT}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache_dir() / "decoded" / digest
+    path = _path_of(key)
     try:
-        return _cached(path, key, _Allocator(decode, fallback), crop)
+        return _cached(path, key, _Allocator(decode, fallback), crop, is_current)
     except _TooLarge as error:
         if fallback is None:
             raise
-        checked = _cached(path.with_name(f"{digest}-targets"), key, _Allocator(decode, fallback, keep=False), crop)
+        without_pixels = _Allocator(decode, fallback, keep=False)
+        checked = _cached(path.with_name(f"{path.name}-targets"), key, without_pixels, crop, is_current)
         return replace(checked, images=OnRequest(fallback.read, error.shape, error.dtype))
 
 
-def _cached(path: Path, key: dict[str, Any], allocator: _Allocator, crop: float) -> Split:
+def stored_split(key: dict[str, Any], crop: float = 1.0) -> Split | None:
+    """Return the split that `cached_split` stored for this key in an earlier run; None if it did not."""
+    return _read(_path_of(key), crop)
+
+
+def _path_of(key: dict[str, Any]) -> Path:
+    text = json.dumps(_with_format(key), sort_keys=True)
+    return cache_dir() / "decoded" / hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _with_format(key: dict[str, Any]) -> dict[str, Any]:
+    return {**key, "pixels": PIXEL_FORMAT}
+
+
+def _cached(path: Path, key: dict[str, Any], allocator: _Allocator, crop: float, is_current: IsCurrent) -> Split:
     split = _read(path, crop)
-    if split is None:
+    if split is None or not is_current(split):
         with alone(path):
-            split = _read_or_write(path, key, allocator, crop)
+            split = _read_or_write(path, key, allocator, crop, is_current)
     if split is None:
         raise DataError(f"cannot read back the cache {path} that was just written; {USE_ANOTHER_CACHE}")
     return split
 
 
-def _read_or_write(path: Path, key: dict[str, Any], allocator: _Allocator, crop: float) -> Split | None:
+def _read_or_write(
+    path: Path, key: dict[str, Any], allocator: _Allocator, crop: float, is_current: IsCurrent
+) -> Split | None:
     existed = path.exists()
     split = _read(path, crop)
-    if split is None:
-        if existed:  # it is damaged; a directory that appeared since then was finished by another process
+    if split is None or not is_current(split):
+        if existed:  # it is damaged or old; a directory that appeared since then was finished by another process
             shutil.rmtree(path, ignore_errors=True)
         _write(path, key, allocator)
         split = _read(path, crop)
@@ -184,15 +208,9 @@ def _read(path: Path, crop: float) -> Split | None:
 
 def _write(path: Path, key: dict[str, Any], allocator: _Allocator) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (path.parent / LOCK_FILE).open("a") as lock:
-            _remove_abandoned(path.parent, lock)
-            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
-            try:
-                _fill(temporary, key, allocator)
-                os.rename(temporary, path)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with temporary_dir(path.parent) as temporary:
+            _fill(temporary, key, allocator)
+            os.rename(temporary, path)
     except OSError as error:
         if not path.exists():  # otherwise another process was faster and wrote the same arrays
             raise DataError(f"cannot write the cache {path} ({error}); {USE_ANOTHER_CACHE}") from None
@@ -202,7 +220,24 @@ def _fill(path: Path, key: dict[str, Any], allocator: _Allocator) -> None:
     labels, rows = allocator.fill(path / "images.npy")
     np.save(path / "labels.npy", labels)
     np.save(path / "rows.npy", rows)
-    (path / "key.json").write_text(json.dumps(key, indent=1))
+    (path / "key.json").write_text(json.dumps(_with_format(key), indent=1))
+
+
+@contextlib.contextmanager
+def temporary_dir(parent: Path) -> Iterator[Path]:
+    """Make a directory to fill and then rename; what is not renamed is deleted, also what killed processes left.
+
+    Raises:
+        OSError: The parent is not writable.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    with (parent / LOCK_FILE).open("a") as lock:
+        _remove_abandoned(parent, lock)
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _remove_abandoned(parent: Path, lock: IO[str]) -> None:

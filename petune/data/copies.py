@@ -30,7 +30,10 @@ def rows_of_copies(paths: Sequence[Path]) -> NDArray[np.int64]:
 
 
 def content_keys(paths: Sequence[Path]) -> list[Hashable]:
-    """Return a key for each file that only files with the same bytes share; one that cannot be read has its own."""
+    """Return a key for each file that only files with the same bytes share; one that cannot be read has its own.
+
+    A key is the size and bytes that tell files of this size apart, or the number of an unreadable file as text.
+    """
     sizes = [size_and_time(path)[0] for path in paths]
     keys: list[Hashable] = [(size, b"") for size in sizes]
     for read in (_sample, _digest):
@@ -82,9 +85,15 @@ def _copies(files: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, P
         originals.setdefault(contents, path)
     pairs = zip(same_size[0], keys, strict=False)
     copies = [(path, originals[contents]) for path, contents in pairs if contents in originals]
+    if any(_is_unread(key) for key in keys):  # it may have another mode in the next run
+        return copies
     with contextlib.suppress(OSError, CheckpointError):  # it is found again in the next run
         replace_file(cached, json.dumps([[str(copy), str(original)] for copy, original in copies]).encode())
     return copies
+
+
+def _is_unread(key: Hashable) -> bool:
+    return isinstance(key, tuple) and isinstance(key[1], str)
 
 
 def _sample(path: Path) -> bytes:

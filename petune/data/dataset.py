@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from petune.base.errors import ConfigError, DataError
 from petune.base.text import plural
 from petune.data.cut import Samples, draw_shots, held_out
-from petune.data.statistics import Statistics, channel_statistics
+from petune.data.statistics import Statistics, channel_statistics, value_range
 from petune.data.target import Target, TargetKind
 
 __all__ = ["Dataset", "Images", "OnBroken", "Split", "Target", "TargetKind"]
@@ -93,7 +93,14 @@ class Split:
 
     def channel_statistics(self) -> Statistics:
         """Return mean and standard deviation per channel, white at 1, from up to 20,000 evenly spaced images."""
-        return channel_statistics(self.images, self.rows[:: max(1, len(self) // 10_000)])
+        return channel_statistics(self.images, self._spaced_rows())
+
+    def value_range(self) -> tuple[float, float]:
+        """Return the smallest and the largest value, white at 1, of up to 20,000 evenly spaced images."""
+        return value_range(self.images, self._spaced_rows())
+
+    def _spaced_rows(self) -> NDArray[np.int64]:
+        return self.rows[:: max(1, len(self) // 10_000)]
 
     def take(self, positions: NDArray[np.int64]) -> Split:
         """Return the split with only these positions; the images are shared."""

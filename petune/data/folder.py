@@ -21,7 +21,7 @@ from petune.data.doubtful_classes import names_of_splits_note
 from petune.data.find_images import size_and_time, skipped_note
 from petune.data.images import decode_image, decode_images, refuse_broken
 from petune.data.layout import ClassFiles, list_images
-from petune.data.on_request import on_request_note
+from petune.data.on_request import on_request_note, scratch
 from petune.data.splits import left_out_note
 
 FORMAT = 3
@@ -140,12 +140,26 @@ class _Decoder:
         paths = [image for images in classes.values() for image in images]
         labels = np.repeat(np.arange(len(classes)), [len(images) for images in classes.values()])
         fallback = Fallback(lambda row: decode_image(paths[row], self.side, self.form), self.cache_gb)
-        split = cached_split(self._key(paths), lambda allocate: self._fill(paths, labels, allocate), CROP, fallback)
+
+        def fill(allocate: Allocate) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            return self._fill(paths, labels, allocate)
+
+        def is_current(stored: Split) -> bool:
+            return self._are_broken([paths[i] for i in np.flatnonzero(stored.targets == BROKEN_LABEL)])
+
+        split = cached_split(self._key(paths), fill, CROP, fallback, is_current)
         split = replace(split, names=np.array([str(path) for path in paths]))
         is_broken = split.targets == BROKEN_LABEL
         if not is_broken.any():
             return split, []
         return split.take(np.flatnonzero(~is_broken)), [paths[i] for i in np.flatnonzero(is_broken)]
+
+    def _are_broken(self, paths: Sequence[Path]) -> bool:
+        """Return True if none of these images can be decoded: what was wrong may have been the mode of a file."""
+        if not paths:
+            return True
+        shape = (len(paths), self.side, self.side, self.form.channels)
+        return len(decode_images(paths, scratch(shape, self.form.dtype), form=self.form)) == len(paths)
 
     def _key(self, paths: Sequence[Path]) -> dict[str, object]:
         files = [[str(path.relative_to(self.root)), *size_and_time(path)] for path in paths]

@@ -28,6 +28,16 @@ def channel_statistics(images: Any, rows: NDArray[np.int64]) -> Statistics:
     return _of_bytes(images, rows) if images.dtype == np.uint8 else _of_numbers(images, rows)
 
 
+def value_range(images: Any, rows: NDArray[np.int64]) -> tuple[float, float]:
+    """Return the smallest and the largest value of the images at these rows, white at 1."""
+    white = WHITE.get(str(images.dtype), 1.0)
+    low, high = np.inf, -np.inf
+    for start in range(0, len(rows), CHUNK):
+        pixels = np.asarray(images[rows[start : start + CHUNK]])
+        low, high = min(low, float(pixels.min()) / white), max(high, float(pixels.max()) / white)
+    return low, high
+
+
 def _of_bytes(images: Any, rows: NDArray[np.int64]) -> Statistics:
     channels = images.shape[-1]
     counts_C256 = np.zeros((channels, 256), np.int64)  # pixels as float64 would take 8 times the memory

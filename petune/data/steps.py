@@ -12,15 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from petune.base.config import shown
 from petune.base.errors import ConfigError, did_you_mean
 
+if TYPE_CHECKING:
+    from petune.data.dataset import Split
+
 StepConfig = str | dict[str, dict[str, Any]]
 """A name, or one name with its arguments: `{random_resized_crop: {scale: [0.5, 1.0]}}`."""
+OVERSHOOT = 0.3
+"""Largest amount by which bicubic resizing leaves the range of an image."""
 RESIZED_CROP, ERASING, SOLARIZE = "random_resized_crop", "random_erasing", "solarize"
 
 
@@ -33,12 +38,14 @@ class StepKind:
         channels: Numbers of channels that it takes; empty if any.
         masks: It moves masks along, or leaves them as they are because it moves no pixel.
         fixed: Arguments that petune sets itself.
+        has_white: It computes with black and white, so it cuts off or distorts floats outside 0..1.
     """
 
     transform: str
     channels: tuple[int, ...] = ()
     masks: bool = True
     fixed: tuple[str, ...] = ()
+    has_white: bool = False
 
 
 RGB, GRAY_OR_RGB = (3,), (1, 3)
@@ -50,20 +57,20 @@ STEPS = {
     "affine": StepKind("RandomAffine", fixed=("fill",)),
     "perspective": StepKind("RandomPerspective", fixed=("fill",)),
     "elastic": StepKind("ElasticTransform", fixed=("fill",)),
-    "rand_augment": StepKind("RandAugment", RGB, masks=False, fixed=("fill",)),
-    "trivial_augment": StepKind("TrivialAugmentWide", RGB, masks=False, fixed=("fill",)),
-    "auto_augment": StepKind("AutoAugment", RGB, masks=False, fixed=("fill",)),
-    "aug_mix": StepKind("AugMix", RGB, masks=False, fixed=("fill",)),
-    "color_jitter": StepKind("ColorJitter", GRAY_OR_RGB),
-    "photometric_distort": StepKind("RandomPhotometricDistort", RGB),
+    "rand_augment": StepKind("RandAugment", RGB, masks=False, fixed=("fill",), has_white=True),
+    "trivial_augment": StepKind("TrivialAugmentWide", RGB, masks=False, fixed=("fill",), has_white=True),
+    "auto_augment": StepKind("AutoAugment", RGB, masks=False, fixed=("fill",), has_white=True),
+    "aug_mix": StepKind("AugMix", RGB, masks=False, fixed=("fill",), has_white=True),
+    "color_jitter": StepKind("ColorJitter", GRAY_OR_RGB, has_white=True),
+    "photometric_distort": StepKind("RandomPhotometricDistort", RGB, has_white=True),
     "grayscale": StepKind("RandomGrayscale", GRAY_OR_RGB, fixed=("num_output_channels",)),
     "gaussian_blur": StepKind("GaussianBlur"),
-    "sharpness": StepKind("RandomAdjustSharpness", GRAY_OR_RGB),
-    "autocontrast": StepKind("RandomAutocontrast", GRAY_OR_RGB),
-    "equalize": StepKind("RandomEqualize", GRAY_OR_RGB),
-    "invert": StepKind("RandomInvert", GRAY_OR_RGB),
-    "posterize": StepKind("RandomPosterize", GRAY_OR_RGB),
-    SOLARIZE: StepKind("RandomSolarize", GRAY_OR_RGB),
+    "sharpness": StepKind("RandomAdjustSharpness", GRAY_OR_RGB, has_white=True),
+    "autocontrast": StepKind("RandomAutocontrast", GRAY_OR_RGB, has_white=True),
+    "equalize": StepKind("RandomEqualize", GRAY_OR_RGB, has_white=True),
+    "invert": StepKind("RandomInvert", GRAY_OR_RGB, has_white=True),
+    "posterize": StepKind("RandomPosterize", GRAY_OR_RGB, has_white=True),
+    SOLARIZE: StepKind("RandomSolarize", GRAY_OR_RGB, has_white=True),
     ERASING: StepKind("RandomErasing", fixed=("inplace",)),
 }
 """The augmentations, by petune's name."""
@@ -176,6 +183,37 @@ def _value(name: str, key: str, value: Any) -> Any:
     if high < math.inf and not all(isinstance(v, int | float) and low <= v <= high for v in numbers):
         raise ConfigError(f"{name}: {key} is {value!r}. Use numbers from {low} to {high}")
     return value
+
+
+def check_split(augment: str | Sequence[StepConfig], split: Split) -> None:
+    """Check that a list of augmentations can be applied to the images of a split; floats are read for it.
+
+    Args:
+        augment: The list, or the name of a preset.
+        split: The images.
+
+    Raises:
+        ConfigError: As `check_images`; or a step is for values from black to white, and the images have others.
+    """
+    check_images(augment, split.images.shape[-1], masks=split.has_masks)
+    name = _step_with_white(augment)
+    if name is None or not len(split) or np.dtype(split.images.dtype).kind != "f":
+        return
+    low, high = split.value_range()
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        raise ConfigError(
+            f"the augmentation {name} takes floats from 0 (black) to 1 (white), and the images have values from "
+            f"{low:g} to {high:g}. Scale them to 0..1, or use others, such as crop or light",
+            cli_hint="Set it with --augment",
+        )
+
+
+def _step_with_white(augment: str | Sequence[StepConfig]) -> str | None:
+    from petune.data.augment import COLOR, PRESETS
+
+    if isinstance(augment, str) and augment in PRESETS:
+        return augment if {*PRESETS[augment]} & {*COLOR} else None
+    return next((name for name, _ in steps_of(augment) or () if STEPS[name].has_white), None)
 
 
 def check_images(augment: str | Sequence[StepConfig], channels: int, *, masks: bool) -> None:

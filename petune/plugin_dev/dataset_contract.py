@@ -22,7 +22,7 @@ from petune.data.policy import check_augment
 from petune.data.preprocess import Preprocess
 from petune.data.reader import DatasetReader, ReadContext
 from petune.data.registry import build_reader, data_dir_or_default
-from petune.data.steps import check_images
+from petune.data.steps import check_split
 from petune.plugin_dev.finding import Finding, Property, examine_all, names_of
 
 SIDE = 32
@@ -105,7 +105,7 @@ def _images_and_targets(t: DatasetTrial) -> str:
             return f"rows of {name} are outside the {len(split.images)} images"
     channels = int(t.dataset.train.images.shape[-1])
     check_augment(t.dataset.augment, channels=channels)
-    check_images(t.dataset.augment, channels, masks=t.dataset.target.kind == "mask")
+    check_split(t.dataset.augment, t.dataset.train)
     return "" if len(t.dataset.val) else "no val split can be cut from train"
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from petune.base.errors import ConfigError, did_you_mean
 from petune.data import Dataset
 from petune.data.policy import check_augment
-from petune.data.steps import check_images
+from petune.data.steps import check_split
 from petune.injector.registry import build_tuner, parse_method
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.continued import complete_from_run
@@ -87,9 +87,8 @@ def complete_options(train: TrainConfig, recipe: Recipe, dataset: Dataset, side:
         ConfigError: The augmentation is not for such images.
     """
     augment = dataset.augment if train.augment == AUTO else train.augment
-    channels = dataset.train.images.shape[-1]
-    check_images(augment, channels, masks=dataset.train.has_masks)
-    check_augment(augment, side=side, channels=channels)
+    check_split(augment, dataset.train)
+    check_augment(augment, side=side, channels=dataset.train.images.shape[-1])
     filled = {
         "lr": recipe.peak_lr(train.batch_size) if train.lr is None else train.lr,
         "weight_decay": recipe.weight_decay if train.weight_decay is None else train.weight_decay,

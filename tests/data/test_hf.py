@@ -174,6 +174,15 @@ def test_a_stream_is_read_once(tmp_path: Path) -> None:
     assert len(load(tmp_path / "data", ",streaming=true").train) > len(first.train)
 
 
+def test_what_a_killed_stream_left_is_removed_by_the_next(tmp_path: Path, cache: Path) -> None:
+    left = cache / "streams" / ".new-killed"
+    left.mkdir(parents=True)
+    (left / "train.parquet").write_bytes(b"a part")
+    labeled().to_parquet(tmp_path / "data" / "train.parquet")
+    assert len(load(tmp_path / "data", ",streaming=true").train)
+    assert not list((cache / "streams").glob(".new-*"))
+
+
 def test_the_manifest_changes_with_the_files(tmp_path: Path) -> None:
     labeled().to_parquet(tmp_path / "data" / "train.parquet")
     name = f"hf:{tmp_path / 'data'}"

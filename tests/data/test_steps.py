@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from torchvision.transforms import v2
 
 from petune.base.errors import ConfigError
-from petune.data.steps import STEP_PRESETS, STEPS, build_step, check_images
+from petune.data import Split
+from petune.data.augment import PRESETS
+from petune.data.policy import ImagePolicy
+from petune.data.steps import STEP_PRESETS, STEPS, build_step, check_images, check_split
 from petune.training.config import TrainConfig
 
 NEEDED: dict[str, dict[str, Any]] = {
@@ -84,3 +89,39 @@ def test_color_augmentations_refuse_images_of_many_bands(name: str) -> None:
 @pytest.mark.parametrize("augment", ["none", "shift", "light", "paddle_study", "crop"])
 def test_the_other_presets_take_masks_and_any_number_of_channels(augment: str) -> None:
     check_images(augment, 12, masks=True)
+
+
+def images(low: float, high: float, dtype: str, channels: int = 3) -> Split:
+    values = np.linspace(low, high, 2 * 32 * 32 * channels).reshape(2, 32, 32, channels)
+    return Split.of(values.astype(dtype), np.zeros(2, np.int64))
+
+
+COLOR_PRESETS = {"paddle_study", "randaug", "trivial", "augmix", "color"}
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, *STEP_PRESETS])
+def test_presets_with_a_white_refuse_floats_outside_0_to_1(preset: str) -> None:
+    for split in (images(0, 1, "float32"), images(-0.2, 1.2, "float32"), images(0, 65535, "uint16")):
+        check_split(preset, split)  # resizing leaves the range by a little
+    for low, high in ((200, 600), (-1, 1)):
+        if preset in COLOR_PRESETS:
+            with pytest.raises(ConfigError, match=f"takes floats from 0.*have values from {low} to {high}"):
+                check_split(preset, images(low, high, "float32"))
+        else:
+            check_split(preset, images(low, high, "float32"))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_that_distort_floats_are_refused(name: str) -> None:
+    split = images(200, 600, "float32")
+    step = {name: NEEDED.get(name, {})}
+    try:
+        check_split([step], split)
+    except ConfigError:
+        return
+    policy = ImagePolicy([step], 32, 255)
+    image = torch.from_numpy(split.images[0]).movedim(-1, 0) * 255
+    changed = torch.stack([policy(image, None, seed)[0] for seed in range(8)]) / 255
+    kept = changed[changed != 0]  # corners and erased pixels are black
+    assert kept.max() > 300
+    assert kept.min() > 0

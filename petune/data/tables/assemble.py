@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.text import plural
+from petune.data.bands import ImageForm
 from petune.data.cache import Allocate, Fallback, cached_split
 from petune.data.cut import Samples
 from petune.data.dataset import CUT_TEST_NOTE, MAX_BROKEN, Dataset, Split, Target
@@ -20,7 +21,7 @@ from petune.data.images import refuse_broken
 from petune.data.on_request import on_request_note
 from petune.data.reader import ReadContext
 from petune.data.tables.contents import ImageColumn, decode_column, decode_content, unlisted_files
-from petune.data.tables.masks import decode_masks
+from petune.data.tables.masks import decode_masks, is_mask
 from petune.data.tables.plan import Plan
 from petune.data.tables.table import listed
 from petune.data.tables.videos import clips_of, finished, has_videos, look_at_videos
@@ -91,13 +92,22 @@ class _Loader:
         fallback = (
             None if files is None else Fallback(lambda row: decode_content(files[row], self.side, form), self.cache_gb)
         )
-        return cached_split(self._key(self.plan.images, {}), self._fill_images, CROP, fallback)
+
+        def is_current(stored: Split) -> bool:
+            return files is None or not any(_decodes(files[row], self.side, form) for row in _broken(stored).tolist())
+
+        return cached_split(self._key(self.plan.images, {}), self._fill_images, CROP, fallback, is_current)
 
     def masks(self) -> tuple[Split, Target]:
         """Return all masks as images of one channel, and the classes."""
         codes = self.plan.codes
         key = self._key(self.plan.masks, {"codes": codes.class_256.tolist(), "images": self._version(self.plan.images)})
-        split = cached_split(key, self._fill_masks, CROP)
+        files = self.plan.masks.files
+
+        def is_current(stored: Split) -> bool:
+            return files is None or not any(is_mask(files[row]) for row in _broken_masks(stored).tolist())
+
+        split = cached_split(key, self._fill_masks, CROP, is_current=is_current)
         names = codes.found_names(split.targets[split.rows == 0], self.plan.table.title)
         return split, Target("mask", names)
 
@@ -221,6 +231,15 @@ class _Samples:
 
     def _name(self, row: int) -> str:
         return self.plan.row_names[row]
+
+
+def _decodes(file: Path, side: int, form: ImageForm) -> bool:
+    """Return True if an image can be decoded: one that could not may have got another mode or owner since."""
+    try:
+        decode_content(file, side, form)
+    except Exception:  # Pillow raises a dozen types
+        return False
+    return True
 
 
 def _broken(images: Split) -> Rows:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from petune.base.errors import DataError
 from petune.base.text import plural
+from petune.data.cache import temporary_dir
 from petune.data.manifest import digest
 from petune.data.tables.parquet import PART, arrow_contents, column_type, declared_features
 from petune.data.tables.table import ColumnType, Table, listed
@@ -166,23 +165,20 @@ def store_streams(streams: Mapping[str, Any], folder: Path, title: str) -> None:
 
     Args:
         streams: A `datasets.IterableDataset` by the name of the split.
-        folder: Where to write; nothing is left there if reading fails.
+        folder: Where to write; nothing is left there if reading fails, or after the next stream if it was killed.
         title: The dataset, for messages.
 
     Raises:
         DataError: Reading fails, or the disk is full.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
     try:
-        for name, stream in streams.items():
-            _store_stream(stream, temporary / f"{name}.parquet", f"{title}, {name}")
-        os.replace(temporary, folder)
+        with temporary_dir(folder.parent) as temporary:
+            for name, stream in streams.items():
+                _store_stream(stream, temporary / f"{name}.parquet", f"{title}, {name}")
+            os.replace(temporary, folder)
     except OSError as error:
         if not folder.is_dir():  # otherwise another process was faster
             raise DataError(f"cannot write {folder}: {error.strerror}. Set PETUNE_CACHE to another directory") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _store_stream(stream: Any, file: Path, title: str) -> None:

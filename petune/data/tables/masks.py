@@ -162,6 +162,15 @@ def mask_target(masks: ImageColumn, codes: MaskCodes) -> Target:
     return Target("mask", names, IGNORE)
 
 
+def is_mask(content: Content) -> bool:
+    """Return True if a mask can be decoded."""
+    try:
+        _values(content)
+    except Exception:  # Pillow raises a dozen types
+        return False
+    return True
+
+
 def _size_or_none(_row: int, content: Content) -> tuple[int, int] | None:
     try:
         return image_size(content)

@@ -1,4 +1,4 @@
-"""Look at each video once: how many frames it has, or why it cannot be decoded; kept in the cache."""
+"""Look at each video once: how many frames it has; kept in the cache. One that cannot be decoded is looked at again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def scan_videos(paths: Sequence[Path]) -> list[VideoInfo | str]:
     """Return what is in each video, or why it cannot be decoded.
 
     Args:
-        paths: The files. All are decoded, one thread per core, unless they were looked at before.
+        paths: The files. All are decoded, one thread per core, unless they were decoded before: one that could not be
+            may have got another owner or mode since, which changes neither its size nor its time.
 
     Raises:
         MissingExtra: PyAV is not installed.
@@ -33,14 +34,23 @@ def scan_videos(paths: Sequence[Path]) -> list[VideoInfo | str]:
     check_decoder()
     key = [FORMAT, [[str(path.absolute()), *size_and_time(path)] for path in paths]]
     cached = cache_dir() / "videos" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return [value if isinstance(value, str) else VideoInfo(*value) for value in json.loads(cached.read_text())]
+    known = _read(cached) or [None] * len(paths)
     with ThreadPoolExecutor(num_threads()) as pool:
-        results = list(pool.map(_look_at, paths))
-    values = [value if isinstance(value, str) else astuple(value) for value in results]
-    with contextlib.suppress(OSError, CheckpointError):  # they are looked at again in the next run
-        replace_file(cached, json.dumps(values).encode())
+        results = list(pool.map(lambda info, path: info or _look_at(path), known, paths))
+    values = [None if isinstance(value, str) else value for value in results]
+    if values != known or not cached.exists():
+        content = json.dumps([None if value is None else astuple(value) for value in values])
+        with contextlib.suppress(OSError, CheckpointError):  # they are looked at again in the next run
+            replace_file(cached, content.encode())
     return results
+
+
+def _read(cached: Path) -> list[VideoInfo | None] | None:
+    """Return what is known of each video, None for one that could not be decoded; None if nothing is known."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        values = json.loads(cached.read_text())
+        return [None if value is None or isinstance(value, str) else VideoInfo(*value) for value in values]
+    return None
 
 
 def _look_at(path: Path) -> VideoInfo | str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from petune.base.errors import DataError
 from petune.base.text import plural
-from petune.data.cache import Allocate, cached_split, room_in_cache
+from petune.data.cache import Allocate, cached_split, room_in_cache, stored_split
 from petune.data.find_images import size_and_time
 from petune.data.folder import CROP
 from petune.data.images import num_threads
@@ -128,8 +128,6 @@ def read_clips(
 
     stored_rows = None if rows is None else np.isin(np.arange(len(paths)), rows)
     clips = Clips(counts, sampling, side, read, None, random, views, stored_rows)
-    if int(clips.offsets[-1]) * side * side * 3 > room_in_cache(context.cache_gb):
-        return clips
     key = {
         "videos": FORMAT,
         "files": [[str(path.resolve()), *size_and_time(path)] for path in paths],
@@ -138,8 +136,14 @@ def read_clips(
         "random": random,
         "views": asdict(views),
         "rows": None if rows is None else np.unique(rows).tolist(),
+        "counts": counts.tolist(),  # of black videos, until they can be decoded
     }
-    return replace(clips, frames=np.asarray(cached_split(key, _filled(clips)).images))
+    stored = stored_split(key)
+    if stored is None:
+        if int(clips.offsets[-1]) * side * side * 3 > room_in_cache(context.cache_gb):
+            return clips
+        stored = cached_split(key, _filled(clips))
+    return replace(clips, frames=np.asarray(stored.images))
 
 
 def crop_shares(views: Views) -> tuple[float, ...]:

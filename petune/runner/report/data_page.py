@@ -13,7 +13,7 @@ from petune.base.files import replace_file
 from petune.base.text import plural
 from petune.data import Dataset, Preprocess, Split
 from petune.data.policy import check_augment
-from petune.data.steps import StepConfig, check_images
+from petune.data.steps import StepConfig, check_split
 from petune.runner.report.render import check_output, render
 from petune.runner.report.seen_images import Augmentations, augmented_gallery
 from petune.runner.report.tiles import mask_key
@@ -66,7 +66,7 @@ def write_data_page(dataset: Dataset, output: Path, sample: Sample) -> dict[str,
         dataset.augment if sample.augment == "auto" else sample.augment, sample.times, sample.seed
     )
     channels = split.images.shape[-1]
-    check_images(augmentations.steps, channels, masks=split.has_masks)
+    check_split(augmentations.steps, split)
     check_augment(augmentations.steps, side=sample.image_size, channels=channels)
     half = (0.5,) * channels  # undone again: any values do
     preprocess = Preprocess(sample.image_size, half, half, split.num_frames)
