@@ -53,6 +53,7 @@ def print_dry_run(
 
     run = config if isinstance(config, RunConfig) else config.run
     count_classes(run.dataset)
+    run.check_final_fit()
     check_task_of_dataset(run)
     check_base_precision(run.base_precision)
     offline = _check_weights(run)

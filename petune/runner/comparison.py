@@ -35,7 +35,7 @@ class Row(Config):
         mean, std: On test, by the metric's name; the sample standard deviation over seeds, missing for one seed.
         val_mean: On val, by the metric's name.
         lr: Peak learning rate, from the recipe or as given.
-        epochs: Of each run.
+        epochs: Of the longest run; `train.patience` may have ended others before.
         difference: To the baseline or the best method, in the main metric on test; None for that method itself.
         standing: In the main metric on test; None if there are too few seeds to tell.
         images_per_s, step_time_s: Mean over the seeds.
@@ -177,7 +177,7 @@ def summarize(method: str, results: Sequence[RunResult], reason: str = "") -> Ro
         percent_of_backbone=first.percent_of_backbone,
         adapter_bytes=first.adapter_bytes,
         lr=first.lr,
-        epochs=first.epochs,
+        epochs=max(result.epochs for result in results),
         metrics=metrics,
         mean={name: statistics.fmean(values) for name, values in metrics.items()},
         std={name: statistics.stdev(values) for name, values in metrics.items() if len(values) > 1},

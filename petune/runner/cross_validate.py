@@ -26,6 +26,7 @@ from petune.runner.run_dir import NEW_OUTPUT, check_run_dir
 from petune.runner.run_inputs import check_pixels_of_runs
 from petune.runner.run_name import run_name
 from petune.runner.saved_table import read_saved
+from petune.training.stop import StopFlag
 
 
 class CrossValidation(Config):
@@ -106,6 +107,7 @@ def cross_validate(
         ConfigError: There are no `folds`, or one `fold` is named.
         UsageError: The output holds something else.
         DataError: A fold is empty, or lacks a class.
+        Stopped: A signal came. Everything done so far is saved.
     """
     check_watch("petune.cross_validate", watch)
     check_arguments("petune.cross_validate", seeds=(seeds, Sequence | None))
@@ -115,10 +117,12 @@ def cross_validate(
     group.broadcast(lambda: check_fold_runs(runs))
     group.broadcast(lambda: check_pixels_of_runs(runs))
     results = []
-    for index, own in enumerate(runs):
-        done = own.output is not None and RunResult.exists(own.output)
-        watch(RunStarted(f"{own.method}, fold {own.fold}", own.seed, index, len(runs), done))
-        results.append(run(own, watch=watch))
+    with StopFlag() as stop:
+        for index, own in enumerate(runs):
+            stop.check(group)
+            done = own.output is not None and RunResult.exists(own.output)
+            watch(RunStarted(f"{own.method}, fold {own.fold}", own.seed, index, len(runs), done))
+            results.append(run(own, watch=watch))
     validation = _summarize(results, runs)
     text = validation.model_dump_json(indent=1) + "\n"
     group.broadcast(lambda: replace_file(Path(validation.output) / FOLDS_TABLE, text.encode()))

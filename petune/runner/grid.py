@@ -29,6 +29,7 @@ from petune.runner.run import check_task_of_dataset
 from petune.runner.run_dir import open_run_dir
 from petune.runner.saved_table import read_saved
 from petune.runner.stored_config import write_config
+from petune.training.stop import StopFlag
 
 
 class GridColumn(Config):
@@ -215,9 +216,12 @@ def compare_datasets(
     opened = open_run_dir(
         run_dir, stored, resume=True, command="compare", may_change=MAY_GROW, tables=(GRID_TABLE, GRID_PAGE)
     )
-    with group.on_main(opened):
+    with group.on_main(opened), StopFlag() as stop:
         group.broadcast(lambda: write_config(run_dir, stored, "compare"))
-        comparisons = {name: compare(part, executor=executor, watch=watch) for name, part in parts.items()}
+        comparisons = {}
+        for name, part in parts.items():
+            stop.check(group)
+            comparisons[name] = compare(part, executor=executor, watch=watch)
         grid = make_grid(config, comparisons)
         group.broadcast(lambda: _write(grid, config))
     return grid

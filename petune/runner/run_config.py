@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from petune.backbones.drop_rates import drop_path_key, drop_rates
 from petune.backbones.head import HeadKind
@@ -105,6 +106,19 @@ class RunConfig(Config):
             size = info.data.get(field)
             if size is not None and options.get(key, size) != size:
                 raise ValueError(f"{field} is {size}, but backbone_options.{key} is {options[key]}. Give one of them")
+        return options
+
+    @field_validator("backbone_options")
+    @classmethod
+    def _options_can_be_stored(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for key, value in options.items():
+            try:
+                to_jsonable_python(value)
+            except PydanticSerializationError:
+                raise ValueError(
+                    f"{key} is of the type {type(value).__name__}, which config.yaml cannot store. Give a name, a "
+                    "number or a list"
+                ) from None
         return options
 
     @field_validator("fold")

@@ -14,13 +14,14 @@ from petune.base.config import Config
 from petune.base.errors import UsageError
 from petune.base.files import Lock, replace_file, try_lock
 from petune.runner.directory_kind import check_kind
-from petune.runner.file_names import CONFIG_FILE, INPUTS_FILE, LOCK_FILE, MANIFEST_FILE, SPLITS_FILE
+from petune.runner.file_names import CONFIG_FILE, FINAL_FIT_DIR, INPUTS_FILE, LOCK_FILE, MANIFEST_FILE, SPLITS_FILE
 from petune.runner.migrations import migrate_run_dir
 from petune.runner.stored_config import changed_values, has_trained, refuse_changes, write_config
 
 WRITTEN_BEFORE_TRAINING = {CONFIG_FILE, LOCK_FILE, INPUTS_FILE, MANIFEST_FILE, SPLITS_FILE}
 """Files of a run that failed before its first step; none of them is worth keeping."""
-PARTIAL_WRITES = (".adapter-????????", "checkpoints/.step-?????????-????????")
+PARTIAL_CHECKPOINTS = "checkpoints/.step-?????????-????????"
+PARTIAL_WRITES = (".adapter-????????", PARTIAL_CHECKPOINTS, f"{FINAL_FIT_DIR}/{PARTIAL_CHECKPOINTS}")
 """Directories that `petune.base.files.write_directory` was writing when its process was killed."""
 NEW_OUTPUT = "Name a new directory with --output"
 

@@ -48,8 +48,8 @@ class TrainConfig(Config):
         choose: The metric on val that chooses the epoch, or `loss`; None takes the task's first metric. `NAME:min` or
             `NAME:max`, or `{metric: NAME, mode: min}`, also says which value is the best; else the metric does. Of
             epochs with the same value, the one with the lowest loss is chosen, then the later one.
-        patience: Stop after this many epochs without a better one on val; None trains all epochs. The schedule of the
-            learning rate is that of all epochs, so a constant one suits it.
+        patience: Stop at an evaluation on val after this many epochs without a better one; None trains all epochs. The
+            schedule of the learning rate is that of all epochs, so a constant one suits it.
         ema: Evaluate and save an exponential moving average of what trains, of this decay (0.99 to 0.9999); None uses
             the values of the last step. At step t the decay is at most 1 - t^(-2/3).
         layer_decay: Factor of the learning rate from one block to the one below it (0.65 to 0.9 for `full`); None uses

@@ -123,8 +123,9 @@ class Progress:
         return SplitMetrics(self.best_values, self.best_loss, num_val)
 
     def is_done(self, epochs: int, patience: int | None) -> bool:
-        """Return True after all epochs, or if the last `patience` of them were not better than the kept one."""
-        waited = self.epoch - self.best_epoch if self.best_epoch > 0 else 0
+        """Return True after all epochs, or after an evaluation `patience` epochs or more after the kept one."""
+        evaluated = max((number for number, row in enumerate(self.epochs, start=1) if "val_loss" in row), default=0)
+        waited = evaluated - self.best_epoch if self.best_epoch > 0 else 0
         return self.epoch >= epochs or (patience is not None and waited >= patience)
 
     def early_stop(self, epochs: int) -> str:

@@ -26,6 +26,7 @@ class _Interrupt(BaseException):
 class StopFlag:
     """A context in which the first SIGTERM or SIGINT requests a stop and the second one ends the process.
 
+    Contexts may be inside each other, as that of one run in that of several: each knows of the signals to the others.
     Outside the main thread Python delivers no signals, so the flag is never set.
 
     Attributes:
@@ -42,11 +43,20 @@ class StopFlag:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._receive)
+        if (outer := self._outer()) is not None:
+            self.signal_name = outer.signal_name
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if (outer := self._outer()) is not None:
+            outer.signal_name = self.signal_name
+
+    def _outer(self) -> StopFlag | None:
+        """Return the flag of the context that this one is inside, if any."""
+        owner = getattr(self._handlers.get(signal.SIGINT), "__self__", None)
+        return owner if isinstance(owner, StopFlag) else None
 
     @contextmanager
     def immediately(self, group: Group = SINGLE_PROCESS) -> Iterator[None]:

@@ -36,6 +36,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "v0"
         (("--backbone=vit_tiny_patch16_224", "--weights=missing"), 4, "missing"),
         (("--backbone=vit_bsae",), 2, "vit_bsae"),
         (("--dataset=cifr10",), 2, "cifr10"),
+        (("--set=final_fit=train+val", "--shots=5"), 2, "final_fit"),
         (("--dataset=folder:nowhere",), 4, "nowhere"),
         (("--device=cuda:77",), 2, "cuda:77"),
         (("--optimizer=adamm",), 2, "adamm"),

@@ -161,6 +161,9 @@ def test_all_images_may_train_once_without_a_choice(tmp_path: Path) -> None:
         output=tmp_path / "compare", watch=lambda event: None,
     )  # fmt: skip
     assert table.rows[0].val_mean == {}
+    page = (tmp_path / "compare" / "compare.md").read_text()
+    assert "val chooses nothing" in page
+    assert "chosen on" not in page
 
 
 @pytest.mark.parametrize(("final_fit", "options"), [("only", {"patience": 2}), ("only", {}), ("train+val", {})])

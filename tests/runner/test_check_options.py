@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import petune
 from petune.base.errors import ConfigError
@@ -49,6 +51,12 @@ def test_two_values_of_a_size_are_refused(backbone: str, field: str, key: str) -
         petune.RunConfig.build({**values, "backbone_options": {key: 64}}, "a test")
     same = petune.RunConfig.build({**values, "backbone_options": {key: 32, "depth": 2}}, "a test")
     assert same.backbone_options == {key: 32, "depth": 2}
+
+
+@pytest.mark.parametrize("value", [torch.nn.GELU, np.int64(2), torch.float16])
+def test_options_of_a_backbone_that_no_file_can_store_are_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"act is of the type {type(value).__name__}"):
+        petune.RunConfig(backbone_options={"depth": 2, "act": value})
 
 
 def test_an_option_without_effect_is_refused() -> None:

@@ -16,7 +16,7 @@ from petune.base.metric import Metric
 from petune.data.target import Target
 from petune.runner.compare_config import CompareConfig
 from petune.runner.compare_differences import with_differences
-from petune.runner.comparison import Row
+from petune.runner.comparison import Row, summarize
 from petune.runner.conclusion import conclusion, describe_intervals
 from petune.runner.differences import Difference, SeedValue, difference, differences_to
 from petune.runner.report.tables import cells, compare_columns
@@ -50,6 +50,12 @@ def test_without_values_of_images_it_is_the_paired_t_interval_over_seeds() -> No
     assert found is not None
     assert (found.low, found.high, found.over_images) == (*map(pytest.approx, (expected.low, expected.high)), False)
     assert found.num_seeds == 3
+
+
+def test_a_row_has_the_epochs_of_its_longest_run() -> None:
+    result = petune.RunResult.read(Path(__file__).parents[1] / "golden" / "v0" / "vpt")
+    results = [result.model_copy(update={"seed": seed, "epochs": epochs}) for seed, epochs in ((0, 3), (1, 5), (2, 4))]
+    assert summarize("vpt:num_prompts=2", results).epochs == 5
 
 
 def test_intervals_of_several_methods_hold_together() -> None:

@@ -20,7 +20,9 @@ from petune.runner.compare_config import CompareConfig
 from petune.runner.events import RunEvent, RunStarted
 from petune.runner.executors import choose_executor
 from petune.runner.executors.local import num_cores
+from petune.runner.executors.local_process import Processes
 from petune.runner.executors.memory import available_memory, peak_memory
+from petune.runner.executors.worker import WorkerJob
 from petune.runner.result import RunResult
 from petune.training.events import EpochEnded, Note, StepDone
 
@@ -89,6 +91,17 @@ def test_images_are_decoded_once_by_runs_that_start_together(tmp_path: Path, mon
         thread.join()
     assert calls == [1]
     assert [file.name for file in (tmp_path / "decoded").glob(".lock-*")] == []
+
+
+def test_a_process_that_is_stopped_while_it_imports_starts_no_run(tmp_path: Path) -> None:
+    values = {**TINY, "train": {**TINY["train"], "epochs": 100_000}}  # type: ignore[dict-item]
+    config = petune.RunConfig.build({**values, "method": "linear", "output": tmp_path / "run", "resume": True})
+    with Processes(1, 1) as processes:
+        (process,) = processes.all
+        process.start(0, WorkerJob.create(config, 1))
+        processes.stop()
+        assert process.popen.poll() == 0
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux")

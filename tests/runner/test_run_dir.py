@@ -280,7 +280,8 @@ def test_a_damaged_result_is_an_error(text: str, tmp_path: Path) -> None:
         RunResult.read(tmp_path)
 
 
-PARTIAL_WRITES = (".adapter-ab_d1234", "checkpoints/.step-000000012-x1y2z3w4")
+PARTIAL_CHECKPOINT = "checkpoints/.step-000000012-x1y2z3w4"
+PARTIAL_WRITES = (".adapter-ab_d1234", PARTIAL_CHECKPOINT, f"final_fit/{PARTIAL_CHECKPOINT}")
 OTHERS = (".pre-commit", ".adapter-mine", ".adapter-ab_d1234-old", "checkpoints/step-000000012")
 
 

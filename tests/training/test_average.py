@@ -149,10 +149,10 @@ def test_training_stops_when_patience_is_over(make_trainer: Make, toy: Make, tmp
     assert all(torch.equal(tensor, before[key]) for key, tensor in _tensors(again).items())
 
 
-def test_patience_counts_epochs_without_an_evaluation(make_trainer: Make, toy: Make, tmp_path: Path) -> None:
+def test_patience_ends_with_an_evaluation(make_trainer: Make, toy: Make, tmp_path: Path) -> None:
     trainer, _ = _watched(make_trainer, toy, tmp_path, [9, 3.0, 9, 4.0, 9, 5.0, 9, 1.0], patience=3, val_every=2)
     fitted = trainer.fit()
-    assert (fitted.epoch, len(fitted.epochs)) == (2, 5)
+    assert (fitted.epoch, len(fitted.epochs)) == (2, 6)
     with pytest.raises(ConfigError, match="patience must be at least 3"):
         TrainConfig.build({"patience": 2, "val_every": 3})
 

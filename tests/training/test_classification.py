@@ -138,6 +138,19 @@ def test_macro_metrics_are_means_over_the_classes_with_images() -> None:
         assert values[name] == pytest.approx(100 * expected)
 
 
+def test_equal_logits_give_the_same_class_in_metric_values_of_images_and_prediction() -> None:
+    names = tuple("abcdefghijklmnopqrst")
+    task = task_for("classification", Target("class", names), "toy")
+    for count in (1, 3, 20):
+        logits = torch.zeros(20, 20)
+        logits[:, :count] = 1.0
+        labels = torch.arange(20)
+        meter = task.new_meter()
+        meter.update(logits, labels)
+        assert float(task.image_values(logits, labels)["top1"].mean()) == pytest.approx(meter.compute()["top1"])
+        assert {next(iter(row)) for row in task.predict(logits)} == {"a"}
+
+
 def _batches(split: Split, seed: int = 0, **options: Any) -> TrainBatches:
     preprocess = Preprocess(4, *split.channel_statistics())
     return TrainBatches(split, preprocess, "shift", 6, seed, torch.device("cpu"), balanced=True, **options)

@@ -29,6 +29,15 @@ def test_a_signal_sets_the_flag_and_check_raises(number: signal.Signals) -> None
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_inside_another_context_stops_both() -> None:
+    with StopFlag() as outer:
+        with StopFlag() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (inner.signal_name, outer.signal_name) == ("SIGTERM", "SIGTERM")
+        with StopFlag() as later, pytest.raises(Stopped):
+            later.check()
+
+
 def test_a_second_signal_ends_the_process() -> None:
     child = os.fork()
     if child == 0:

@@ -28,6 +28,7 @@ from petune.runner.run import run
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import open_run_dir
 from petune.training.events import Event
+from petune.training.stop import StopFlag
 
 TRACEBACK_SUFFIX = ".traceback.txt"
 ENVIRONMENT_ERRORS = (DataError, WeightsUnavailable, HubError, CheckpointError)
@@ -130,10 +131,13 @@ def serial(
     configs: Sequence[RunConfig], wanted: Wanted, watch: WatchWork, work: Work = RUN
 ) -> Iterator[tuple[int, Any]]:
     """Do one run after the other in this process."""
-    for index, config in enumerate(configs):
-        if wanted(config):
-            watch(Started(index))
-            yield index, attempt(config, watch, work)
+    group = init_group()
+    with StopFlag() as stop:
+        for index, config in enumerate(configs):
+            stop.check(group)  # a signal that came when the run before had nothing left to stop
+            if wanted(config):
+                watch(Started(index))
+                yield index, attempt(config, watch, work)
 
 
 def read_finished(configs: Sequence[RunConfig], work: Work) -> dict[int, Config]:

@@ -129,6 +129,7 @@ class Processes:
         self.threads = threads
         self.received: queue.SimpleQueue[tuple[Process, Any]] = queue.SimpleQueue()
         self.all = [Process(threads, self.received) for _ in range(count)]
+        self._is_stopped = False
 
     def __enter__(self) -> Self:
         return self
@@ -170,7 +171,10 @@ class Processes:
                 yield Answer(index, content)
 
     def stop(self) -> None:
-        """Stop all processes, and wait until their runs are saved."""
+        """Stop all processes, and wait until their runs are saved; nothing is left to do the second time."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
         for process in self.all:
             process.close()
         end = time.monotonic() + SAVE_TIMEOUT_S
@@ -184,24 +188,30 @@ def serve() -> None:
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     jobs: queue.SimpleQueue[WorkerJob | None] = queue.SimpleQueue()
-    busy = threading.Event()
-    threading.Thread(target=_receive, args=(os.fdopen(os.dup(0), "rb"), jobs, busy), daemon=True).start()
+    busy, closed = threading.Event(), threading.Event()
+    stdin = os.fdopen(os.dup(0), "rb")
+    threading.Thread(target=_receive, args=(stdin, jobs, busy, closed), daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt, Stopped, BrokenPipeError):
         import timm  # noqa: F401  while another process has the first run
 
         while (job := jobs.get()) is not None:
             busy.set()
+            if closed.is_set():  # jobs that came before the end, perhaps during the imports
+                break
             answer = job(lambda event: _send(output, event))
             busy.clear()
             _send(output, answer)
 
 
-def _receive(stdin: IO[bytes], jobs: queue.SimpleQueue[WorkerJob | None], busy: threading.Event) -> None:
+def _receive(
+    stdin: IO[bytes], jobs: queue.SimpleQueue[WorkerJob | None], busy: threading.Event, closed: threading.Event
+) -> None:
     import _thread
 
     with contextlib.suppress(EOFError):
         while True:
             jobs.put(pickle.load(stdin))
+    closed.set()
     jobs.put(None)
     if busy.is_set():
         _thread.interrupt_main()

@@ -121,8 +121,8 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         f"# {escape_markdown(run['backbone'])} on {escape_markdown(run['dataset'])}",
         "",
         f"Backbone `{_table_cell(comparison['backbone'])}`, weights `{_table_cell(comparison['weights'])}`; "
-        f"{plural(run['train']['epochs'], 'epoch')}; {list_seeds(seeds)}. The epoch is chosen on a validation "
-        f"split (val), and test is read once. {describe_numbers(metrics, rows)}",
+        f"{plural(run['train']['epochs'], 'epoch')}; {list_seeds(seeds)}. {_what_val_does(run)}, and test is "
+        f"read once. {describe_numbers(metrics, rows)}",
         "",
         "| " + " | ".join(columns) + " |",
         "| --- |" + " ---: |" * (len(columns) - 1),
@@ -141,6 +141,12 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
     lines += ["", f"![{metrics[0].label} over trained parameters]({COMPARE_PLOT})"]
     front = pareto_caption(done, metrics[0])
     return "\n".join([*lines, *(["", escape_markdown(front)] if front else []), ""])
+
+
+def _what_val_does(run: Mapping[str, Any]) -> str:
+    if run.get("final_fit") == "only":
+        return "All epochs train on train and val together: val chooses nothing"
+    return "The epoch is chosen on a validation split (val)"
 
 
 def describe_numbers(metrics: Sequence[Metric], rows: Sequence[Row] = ()) -> str:

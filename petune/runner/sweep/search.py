@@ -29,6 +29,7 @@ from petune.runner.sweep.space import contains, corners
 from petune.runner.sweep.sweep_config import SweepConfig, to_text
 from petune.runner.sweep.trials import Sweep, Trial, read_sweep
 from petune.training.events import Event, Note
+from petune.training.stop import StopFlag
 from petune.training.task_registry import check_task
 
 PARALLEL_TRIALS = 4
@@ -143,11 +144,14 @@ class _Search:
         retried = [_try_again(row) if row.is_retryable else row for row in self.table.rows]
         self.table = self.table.model_copy(update={"config": self.config, "output": str(self.sweep_dir)})
         self.table = self.table.model_copy(update={"rows": tuple(retried)})
-        while batch := self._next_batch():
-            self._try(batch)
-        best = self.table.best
-        has_test = best is not None and (self.config.test or RunResult.exists(self._test_dir(best)))
-        self._save(finished=True, result=self._test(best) if best is not None and has_test else None)
+        with StopFlag() as stop:
+            while batch := self._next_batch():
+                stop.check()
+                self._try(batch)
+            stop.check()
+            best = self.table.best
+            has_test = best is not None and (self.config.test or RunResult.exists(self._test_dir(best)))
+            self._save(finished=True, result=self._test(best) if best is not None and has_test else None)
         if best is None:
             self.watch(Note(self.table.why_no_best()))
         return self.table

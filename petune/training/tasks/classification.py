@@ -106,9 +106,9 @@ class Classification(Task[ClassificationConfig]):
 
     def image_values(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return 100 for each image whose class is the first, or among the first five, and 0 for the others."""
-        order_BC = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
-        is_class_BC = order_BC == targets[:, None]
-        return {TOP1.name: 100.0 * is_class_BC[:, 0], TOP5.name: 100.0 * is_class_BC.any(1)}
+        is_first_B = outputs.argmax(1) == targets  # of equal logits the first, as in the metric
+        is_class_BK = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]
+        return {TOP1.name: 100.0 * is_first_B, TOP5.name: 100.0 * is_class_BK.any(1)}
 
     def mix(self, mixup: float, cutmix: float, label_smoothing: float) -> Mix:
         """Return timm's Mixup, which turns classes into probabilities (B, C)."""
@@ -124,7 +124,8 @@ class Classification(Task[ClassificationConfig]):
 
     def predict(self, outputs: Tensor) -> list[dict[str, float]]:
         """Return the probability of each class by name, the most probable first."""
-        probabilities_BC, order_BC = torch.softmax(outputs, 1).sort(dim=1, descending=True)
+        order_BC = outputs.sort(dim=1, descending=True, stable=True).indices  # of equal logits the first, as in top1
+        probabilities_BC = torch.softmax(outputs, 1).gather(1, order_BC)
         names = self.target.names
         pairs = zip(probabilities_BC.tolist(), order_BC.tolist(), strict=True)
         return [{names[c]: p for p, c in zip(row, order, strict=True)} for row, order in pairs]
