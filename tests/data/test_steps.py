@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+import petune
 from petune.base.errors import ConfigError
 from petune.data import Split
 from petune.data.augment import PRESETS
@@ -125,3 +127,19 @@ def test_steps_that_distort_floats_are_refused(name: str) -> None:
     kept = changed[changed != 0]  # corners and erased pixels are black
     assert kept.max() > 300
     assert kept.min() > 0
+
+
+@pytest.mark.parametrize("augment", ["paddle_study", "color"])
+def test_a_run_on_floats_of_another_unit_is_refused(augment: str, tmp_path: Path) -> None:
+    for i in range(20):
+        folder = tmp_path / "heights" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{i}.npy", np.full((8, 8, 3), 200 + i, np.float32))  # meters
+    run: dict[str, Any] = {
+        "method": "linear", "backbone": "vit_nano", "weights": "none", "device": "cpu", "image_size": 8,
+        "backbone_options": {"depth": 1, "embed_dim": 24, "num_heads": 2}, "dataset": f"folder:{tmp_path / 'heights'}",
+    }  # fmt: skip
+    train = {"epochs": 1, "batch_size": 8, "precision": "fp32", "augment": augment}
+    with pytest.raises(ConfigError, match="have values from 200 to 219"):
+        petune.run(**run, train=train, output=tmp_path / "refused")
+    assert petune.run(**run, train={**train, "augment": "crop"}, output=tmp_path / "run").top1 is not None
