@@ -30,6 +30,8 @@ TEMPLATES = Path(__file__).parent
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 HUB_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-amlr", "apple-ascl", "gemma"}
 """Licenses of timm's weights that the Hugging Face Hub knows by the same name."""
+SPLIT_OPTIONS = {"split_options", "val_split"}
+"""Keys of the options that chose the images of a run; see `petune.runner.split_options`."""
 WEIGHTS = {"weights", "weights_option"}
 MAX_CLASSES = 20
 """More class names than these are only counted."""
@@ -131,6 +133,10 @@ def public_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     shown = dict(metadata)
     if isinstance(shown.get("dataset"), str):
         shown["dataset"] = hide_folders(shown["dataset"])
+    for key in SPLIT_OPTIONS & shown.keys():
+        options = shown[key]
+        if isinstance(options, Mapping) and isinstance(options.get("dataset"), str):
+            shown[key] = {**options, "dataset": hide_folders(options["dataset"])}
     if isinstance(shown.get("backbone"), Mapping):
         shown["backbone"] = {key: _public_value(key, value) for key, value in shown["backbone"].items()}
     if isinstance(shown.get("continued_from"), list):

@@ -21,6 +21,7 @@ from petune.base.errors import UsageError
 A, B = ".lora_A.weight", ".lora_B.weight"
 RANK_OPTIONS = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"})
 """Options of LoRA that set rank and scale of its layers: adapters that differ in these have products of one shape."""
+LAYER_OPTIONS = frozenset({"targets", "target_modules"})
 NEGLIGIBLE = 1e-8
 """Singular values below this share of the largest are rounding."""
 
@@ -68,7 +69,7 @@ def lora_factors(config: Mapping[str, Any], tuned: Mapping[str, Tensor]) -> dict
     """
     layers = [key.removesuffix(A) for key in tuned if key.endswith(A)]
     return {
-        layer: Factors(_scale(config["config"], layer, len(tuned[layer + A])) * tuned[layer + B].double().cpu(),
+        layer: Factors(_scale(config["config"], layer) * tuned[layer + B].double().cpu(),
                        tuned[layer + A].double().cpu())
         for layer in layers
     }  # fmt: skip
@@ -114,10 +115,31 @@ def factored(
     return {layer: _of_rank(*parts, rank) for layer, parts in decomposed.items()}, errors
 
 
-def with_rank(options: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """Return the options of a LoRA of another rank whose scale α/r is 1 in every layer."""
-    kept = {key: value for key, value in options.items() if key not in RANK_OPTIONS}
-    return {**kept, "r": rank, "lora_alpha": rank}
+def layers_in_parts(config: Mapping[str, Any], tuned: Mapping[str, Tensor]) -> list[str]:
+    """Return the paths of all layers if q, k or v of some are changed alone, each by its own columns of B; else none.
+
+    A combination has no such columns: it is a LoRA of the whole layers, see `with_rank`.
+
+    Args:
+        config, tuned: See `is_plain_lora`.
+    """
+    ranks = {key.removesuffix(A): len(t) for key, t in tuned.items() if key.endswith(A)}
+    has_parts = any(rank != _rank(config["config"], layer) for layer, rank in ranks.items())
+    return [_path(layer) for layer in ranks] if has_parts else []
+
+
+def with_rank(options: Mapping[str, Any], rank: int, layers: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the options of a LoRA of another rank whose scale α/r is 1 in every layer.
+
+    Args:
+        options: Those of an adapter.
+        rank: R.
+        layers: See `layers_in_parts`; without them it has the layers of the options.
+    """
+    replaced = RANK_OPTIONS | (LAYER_OPTIONS if layers else frozenset())
+    kept = {key: value for key, value in options.items() if key not in replaced}
+    named = {"target_modules": list(layers)} if layers else {}
+    return {**kept, **named, "r": rank, "lora_alpha": rank}
 
 
 def lora_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
@@ -126,13 +148,26 @@ def lora_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     return {key: tensor.float() for key, tensor in named.items()}
 
 
-def _scale(options: Mapping[str, Any], layer: str, rank: int) -> float:
-    """Return α/r of a layer, or α/√r with `use_rslora`; patterns match the ends of paths, as PEFT's do."""
-    patterns = options.get("alpha_pattern") or {}
-    path = layer.removeprefix("base_model.model.")
-    matching = [value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", path)]
-    alpha = float(matching[0] if matching else options.get("lora_alpha", 8))
+def _scale(options: Mapping[str, Any], layer: str) -> float:
+    """Return α/r of a layer, or α/√r with `use_rslora`."""
+    alpha, rank = float(_option(options, "lora_alpha", "alpha_pattern", layer)), _rank(options, layer)
     return alpha / (math.sqrt(rank) if options.get("use_rslora") else rank)
+
+
+def _rank(options: Mapping[str, Any], layer: str) -> int:
+    """Return the rank that the options give a layer; q and v in one layer have as many columns each."""
+    return int(_option(options, "r", "rank_pattern", layer))
+
+
+def _option(options: Mapping[str, Any], key: str, pattern_key: str, layer: str) -> Any:
+    """Return an option of a layer; patterns match the ends of paths, as PEFT's do."""
+    patterns = options.get(pattern_key) or {}
+    matching = [value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", _path(layer))]
+    return matching[0] if matching else options.get(key, 8)
+
+
+def _path(layer: str) -> str:
+    return layer.removeprefix("base_model.model.")
 
 
 def _svd(change: Factors | Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,6 +65,8 @@ def predict(
     predictor = Predictor(
         source, weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
     )
+    if output is not None:
+        _check_outside(user_path(output), images)
     predictions = predictor.stream(images, top_k=top_k, batch_size=batch_size)
     if output is not None:
         predictions = _written(predictor, predictions, user_path(output))
@@ -81,18 +84,36 @@ def predict(
         raise typer.Exit(4)
 
 
+def _check_outside(output: Path, images: list[Path]) -> None:
+    """Check that masks do not go into a folder of images, where the next call would read them as such.
+
+    Raises:
+        UsageError: They do.
+    """
+    for folder in map(user_path, images):
+        if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"{output} is in {folder}, whose images are predicted, so another call would take masks for images. "
+                "Name a directory elsewhere",
+                cli_hint="Name it with --output",
+            )
+
+
 def _written(predictor: Predictor, predictions: Iterator[Prediction], directory: Path) -> Iterator[Prediction]:
     from petune.serving.mask_files import MaskFiles
 
     files = MaskFiles.of(predictor, directory)
     num_written = 0
-    for prediction in predictions:
-        if not prediction.error:
-            files.write(prediction)
-            num_written += 1
-        yield prediction
+    try:
+        for prediction in predictions:
+            if not prediction.error:
+                files.write(prediction)
+                num_written += 1
+            yield prediction
+    finally:
+        if num_written:
+            files.write_summary()
     if num_written:
-        files.write_summary()
         print_status(one_line(f"wrote {plural(num_written, 'mask')}, overlays and summary.json to {directory}"))
 
 
@@ -102,6 +123,11 @@ def _nothing_readable(reasons: list[str]) -> str:
     others = f"\n  … and {len(reasons) - MAX_LISTED} more" if len(reasons) > MAX_LISTED else ""
     listed = "".join(f"\n  - {reason}" for reason in reasons[:MAX_LISTED])
     return f"none of these {len(reasons)} can be read:{listed}{others}"
+
+
+def _without_mask(prediction: Prediction) -> Prediction:
+    """Return what is printed of a prediction: the masks of thousands of images do not fit into the memory."""
+    return replace(prediction, mask=None)
 
 
 def _print_lines(predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]]:
@@ -123,7 +149,7 @@ def _print_csv(predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]
     """Print all predictions as CSV; return how many there are, and those of unreadable images."""
     from petune.cli.prediction_rows import csv_text
 
-    every = list(predictions)
+    every = [_without_mask(prediction) for prediction in predictions]
     unreadable = [prediction for prediction in every if prediction.error]
     print_data(csv_text(every))
     return len(every) - len(unreadable), unreadable
@@ -133,7 +159,7 @@ def _print_table(predictions: Iterable[Prediction], noun: str, precision: str) -
     """Print the predictions as a table; return how many there are, and those of unreadable images."""
     from petune.cli.prediction_rows import table_of
 
-    every = list(predictions)
+    every = [_without_mask(prediction) for prediction in predictions]
     readable = [prediction for prediction in every if not prediction.error]
     unreadable = [prediction for prediction in every if prediction.error]
     if readable:

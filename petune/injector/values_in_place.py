@@ -126,12 +126,25 @@ class ValuesInPlace:
         return None
 
     def make_original(self, name: str, live: Mapping[str, Tensor]) -> None:
-        """Make the values that an attachment trained in place the original values for later attachments."""
+        """Make the values that an attachment trained in place those that others give back when they are disabled.
+
+        Attachments from before it that are enabled go on from them, too: their own have had no effect since.
+
+        Args:
+            name: The attachment, which is enabled and is removed next.
+            live: See `set_enabled`.
+        """
         for key, values in self.attachments[name].in_place.items():
-            others = len(values.trained) > 1
-            if others and next(iter(values.trained)) == name:
-                kept = values.trained[name]
-                values.original = live[key].detach().clone() if kept is None and key in live else kept
+            kept = values.trained[name]
+            merged = live[key] if kept is None and key in live else kept
+            order = list(values.trained)
+            if len(order) == 1 or merged is None:
+                continue
+            values.original = merged.detach().clone()
+            enabled = [other for other in order[: order.index(name)] if self.attachments[other].enabled]
+            for other in enabled:
+                is_next = kept is None and other == enabled[-1]
+                values.trained[other] = None if is_next else merged.detach().clone()
 
     def _current_trainer(self, values: TensorValues) -> str | None:
         """Return the attachment whose value the model holds: the last one that is enabled."""

@@ -18,6 +18,7 @@ from petune.runner.migrations import read_record
 from petune.runner.run_adapter import InitialValues
 from petune.runner.run_config import RunConfig
 from petune.runner.run_data import backbone_channels
+from petune.runner.split_options import SPLIT_OPTIONS, split_options
 from petune.runner.trained import Trained
 from petune.training.task_registry import describe_task
 
@@ -53,6 +54,7 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
             **_describe_clips(dataset),
         },
         "dataset": config.dataset,
+        SPLIT_OPTIONS: split_options(config),
         **({"dataset_license": dataset.license} if dataset.license else {}),
         **({"dataset_citation": dataset.citation} if dataset.citation else {}),
         "images": digests(read_record(trained.run_dir / MANIFEST_FILE)),

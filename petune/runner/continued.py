@@ -18,8 +18,9 @@ from petune.data.lookup import dataset_target
 from petune.injector.registry import build_tuner
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.migrations import read_config
-from petune.runner.run_adapter import read_run_adapter, user_code_of
+from petune.runner.run_adapter import read_run_adapter, run_dir_of, user_code_of
 from petune.runner.run_config import RunConfig
+from petune.runner.split_options import read_split_options
 from petune.training.task import Task
 from petune.training.task_registry import restore_task
 
@@ -53,7 +54,7 @@ def complete_from_run(config: Run, *, with_data: bool = True) -> Run:
     given = config.model_dump(exclude_unset=True)
     _check_trusted(saved, given)
     recorded = _recorded_backbone(saved) | {"method": saved.config["metadata"].get("method", saved.config["tuner"])}
-    data = _data_options(config.from_run, saved) if with_data else {}
+    data = _data_options(saved) if with_data else {}
     if with_data and given.get("dataset", data["dataset"]) != data["dataset"]:
         data = _task_options(data, saved, config)
     _check_val(config.from_run, given, data)
@@ -109,10 +110,11 @@ def _is_unchanged(entry: Mapping[str, Any]) -> bool:
 
 def _config_at(path: Path) -> RunConfig | None:
     """Return the configuration of a run that is named by itself or by its adapter; None if only the adapter is left."""
-    for directory in (path, path.parent):
-        if (directory / CONFIG_FILE).is_file():
-            return RunConfig.build(read_config(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
-    return None
+    saved = read_run_adapter(path)
+    directory = run_dir_of(saved.path, saved.config["metadata"])
+    if directory is None:
+        return None
+    return RunConfig.build(read_config(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
 
 
 def check_same_model(config: RunConfig, saved: SavedAdapter) -> None:
@@ -203,13 +205,17 @@ def _recorded_backbone(saved: SavedAdapter) -> dict[str, Any]:
         raise CheckpointError(f"{saved.path} does not record how its backbone was built: {error!r}") from None
 
 
-def _data_options(path: Path, saved: SavedAdapter) -> dict[str, Any]:
-    """Return the options of the old run that choose its images; only the dataset if its directory is not there."""
-    for directory in (path, saved.path.parent):
-        if (directory / CONFIG_FILE).is_file():
-            stored = read_config(directory / CONFIG_FILE)
-            return {key: stored[key] for key in DATA_KEYS if key in stored}
-    return {"dataset": saved.config["metadata"].get("dataset")}
+def _data_options(saved: SavedAdapter) -> dict[str, Any]:
+    """Return the options of the old run that choose its images; those that are recorded if its directory is gone."""
+    metadata = saved.config["metadata"]
+    directory = run_dir_of(saved.path, metadata)
+    if directory is None:
+        recorded = read_split_options(metadata, None) or {}
+        divided = {"folds", "fold"} if {"folds", "fold"} <= recorded.keys() else set()
+        kept = {key: recorded[key] for key in {"val_fraction", "on_broken", *divided} & recorded.keys()}
+        return {**kept, "dataset": metadata.get("dataset")}
+    stored = read_config(directory / CONFIG_FILE)
+    return {key: stored[key] for key in DATA_KEYS if key in stored}
 
 
 def _changed_method(method: str, saved: SavedAdapter) -> list[Problem]:

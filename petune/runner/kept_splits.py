@@ -26,7 +26,7 @@ from petune.data.manifest import changes, digests, file_digest
 from petune.data.registry import parse_dataset
 from petune.runner.file_names import MANIFEST_FILE, SPLITS_FILE
 from petune.runner.migrations import read_record
-from petune.runner.run_adapter import read_run_adapter
+from petune.runner.run_adapter import read_run_adapter, run_dir_of
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import write_record
 
@@ -232,7 +232,8 @@ def _check_unchanged(config: RunConfig) -> None:
 
 def _changed(config: RunConfig) -> bool:
     assert config.from_run is not None
-    before = read_record(_directory(config.from_run) / MANIFEST_FILE)
+    directory = _directory(config.from_run)
+    before = {} if directory is None else read_record(directory / MANIFEST_FILE)
     return bool(changes(before, manifest_of(config.dataset, config.data_dir)))
 
 
@@ -250,9 +251,10 @@ def _metadata(config: RunConfig) -> dict[str, Any]:
     return metadata
 
 
-def _directory(from_run: Path) -> Path:
+def _directory(from_run: Path) -> Path | None:
     """Return the directory of a run that is named by itself or by its adapter."""
-    return from_run if (from_run / SPLITS_FILE).exists() or (from_run / MANIFEST_FILE).exists() else from_run.parent
+    saved = read_run_adapter(from_run)
+    return run_dir_of(saved.path, saved.config["metadata"])
 
 
 def image_digests(split: Split) -> Iterator[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from petune.adapters.format import CONFIG_FILE, SavedAdapter, adapter_path, read_adapter
 from petune.backbones.names import calls_user_code
 from petune.base.config import expand_home
 from petune.base.errors import CheckpointError
 from petune.runner.directory_kind import explain_missing_adapter
+from petune.runner.file_names import CONFIG_FILE as RUN_CONFIG
+from petune.runner.migrations import read_config
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,22 @@ def find_adapter(path: Path) -> Path:
     if not (directory / CONFIG_FILE).is_file():
         raise CheckpointError(explain_missing_adapter(directory))
     return directory
+
+
+def run_dir_of(adapter: Path, metadata: Mapping[str, Any]) -> Path | None:
+    """Return the directory of the run that saved an adapter; None for an average, a conversion, or a copy elsewhere.
+
+    Args:
+        adapter: The adapter directory.
+        metadata: What the adapter records.
+    """
+    path = adapter.absolute()
+    directory = path.parent
+    is_made_of_others = {"averaged_from", "converted_from"} & metadata.keys()
+    if is_made_of_others or adapter_path(directory) != path or not (directory / RUN_CONFIG).is_file():
+        return None
+    is_own = read_config(directory / RUN_CONFIG).get("dataset") == metadata.get("dataset")
+    return directory if is_own else None
 
 
 def user_code_of(saved: SavedAdapter) -> str:

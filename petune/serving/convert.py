@@ -25,12 +25,11 @@ from petune.injector.attachment import Attachment
 from petune.injector.load import attach_saved
 from petune.injector.merge import MAX_CHANGE, MAX_CHANGE_IN_HALF
 from petune.runner.continued import tensors_digest
-from petune.runner.run_adapter import find_adapter, read_run_adapter
-from petune.serving.average.ingredients import Ingredient, check_finite
-from petune.serving.average.record import OF_ONE_RUN
+from petune.runner.run_adapter import find_adapter, read_run_adapter, run_dir_of
+from petune.runner.split_options import SPLIT_OPTIONS, read_split_options
+from petune.serving.average.ingredients import check_finite
+from petune.serving.average.record import OF_ONE_RUN, method_text
 from petune.serving.average.request import check_new
-from petune.serving.average.val_scores import shared_val
-from petune.serving.evaluation import VAL_SPLIT
 from petune.serving.restore import rebuild_backbone
 from petune.sites.forward import forget_caches
 from petune.sites.logits import max_difference, max_value, synthetic_logits
@@ -262,12 +261,13 @@ class _Conversion:
         forget_caches(self.plain)
 
     def _metadata(self, path: str, done: Converted, options: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {key: v for key, v in self.saved.config["metadata"].items() if key not in OF_ONE_RUN or key == "images"}
-        if (val := shared_val([Ingredient(Path(path), self.saved, tensors_digest(self.saved))])) is not None:
-            kept[VAL_SPLIT] = val
-        if "final_fit" in (self.saved.config["metadata"].get("training") or {}):
+        metadata = self.saved.config["metadata"]
+        kept = {key: v for key, v in metadata.items() if key not in OF_ONE_RUN or key == "images"}
+        if (splits := read_split_options(metadata, run_dir_of(self.saved.path, metadata))) is not None:
+            kept[SPLIT_OPTIONS] = splits
+        if "final_fit" in (metadata.get("training") or {}):
             kept["training"] = {"val_metrics": None, "final_fit": "train+val"}
-        kept["method"] = f"lora:{_as_text(options)}"
+        kept["method"] = method_text("lora", options)
         kept["converted_from"] = {
             "path": path,
             "sha256": tensors_digest(self.saved),
@@ -277,9 +277,3 @@ class _Conversion:
             "max_abs_diff": done.max_abs_diff,
         }
         return kept
-
-
-def _as_text(options: Mapping[str, Any]) -> str:
-    """Return options as a method's text has them: `target_modules=[a,b],r=4`."""
-    texts = {key: f"[{','.join(v)}]" if isinstance(v, list) else str(v).lower() for key, v in options.items()}
-    return ",".join(f"{key}={text}" for key, text in texts.items())

@@ -135,4 +135,5 @@ def _open(image: bytes | Image | NDArray[Any]) -> Image:
         return image
     if image.dtype != np.uint8:
         raise ValueError(f"the array is {image.dtype}; give uint8, 0 to 255")
-    return Image.fromarray(image)
+    is_gray = image.ndim == 3 and image.shape[2] == 1
+    return Image.fromarray(image[..., 0] if is_gray else image)

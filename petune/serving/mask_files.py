@@ -32,7 +32,7 @@ class MaskFiles:
         directory: Where to; it is made if it is missing.
         names: Of the classes.
         transform: Of the model, to read the images again.
-        taken: Names of files that were written.
+        taken: Names of files of this call.
         images: What `summary.json` says of each image, those of earlier calls first.
     """
 
@@ -74,10 +74,12 @@ class MaskFiles:
         if path.is_file():
             pixels = visible(WholeImage.read(path, self.transform).pixels)
             files[f"{name}{OVERLAY}"] = _png(with_mask(pixels, prediction.mask, ignore_index=-1))
+        if not (self.directory / SUMMARY).exists():  # after a stop it says whose masks these are
+            self.write_summary()
         paths = {self.directory / f"{stem}.png": content for stem, content in files.items()}
         for file, content in paths.items():
             replace_file(file, content)
-        entry = {"image": prediction.image, "mask": f"{name}.png", "fractions": prediction.fractions}
+        entry = {"image": _place(prediction.image), "mask": f"{name}.png", "fractions": prediction.fractions}
         self.images = [other for other in self.images if other["mask"] != entry["mask"]] + [entry]
         return list(paths)
 
@@ -90,18 +92,23 @@ class MaskFiles:
 
     def _name(self, image: str) -> str:
         """Return the name of an image for files; the one that it has, if a summary of an earlier call names it."""
-        before = next((Path(other["mask"]).stem for other in self.images if other["image"] == image), None)
-        self.taken |= {Path(other["mask"]).stem for other in self.images}
+        place = _place(image)
+        before = next((Path(other["mask"]).stem for other in self.images if other["image"] == place), None)
         return before or self._free_name(Path(image).stem)
 
     def _free_name(self, stem: str) -> str:
         """Return a name that no other image has: images of several folders may have the same."""
         name, number = stem, 1
-        while name in self.taken or f"{name}{OVERLAY}" in self.taken:
+        while any((self.directory / f"{name}{end}.png").exists() for end in ("", OVERLAY)) or name in self.taken:
             number += 1
             name = f"{stem}-{number}"
         self.taken |= {name, f"{name}{OVERLAY}"}
         return name
+
+
+def _place(image: str) -> str:
+    """Return the absolute path of a file, as another call may start in another directory; another name as it is."""
+    return str(Path(image).absolute()) if Path(image).is_file() else image
 
 
 def _earlier_images(directory: Path, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -132,20 +132,21 @@ class Predictor:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     def stream(
-        self, images: Iterable[ImageSource], *, top_k: int | None = None, batch_size: int = 64
+        self, images: ImageSource | Iterable[ImageSource], *, top_k: int | None = None, batch_size: int = 64
     ) -> Iterator[Prediction]:
         """Yield predictions in the order of the images, one batch at a time.
 
         Args:
-            images: Files, folders (searched for images), tables with paths of images, open Pillow images, or uint8
-                (height, width, 3). A model of clips takes files of videos, folders of them, or uint8 (frames, height,
-                width, 3).
+            images: One image or several: files, their bytes, folders (searched for images), tables with paths of
+                images, open Pillow images, or uint8 (height, width, 3). A model of clips takes files of
+                videos, folders of them, or uint8 (frames, height, width, 3).
             top_k: Number of classes per image; at most all there are. None gives 5. Labels and numbers are always all
                 returned.
             batch_size: Images per forward.
 
         Raises:
-            UsageError: `top_k` or `batch_size` is below 1, or the task has no classes to choose `top_k` of.
+            UsageError: `top_k` or `batch_size` is below 1, the task has no classes to choose `top_k` of, or an image is
+                a tensor.
             PluginError: The task of a plugin fails.
         """
         if (top_k is not None and top_k < 1) or batch_size < 1:
@@ -157,7 +158,7 @@ class Predictor:
                 cli_hint="Drop --top-k",
             )
         batch_size = max(1, batch_size // len(self.transform.views))
-        remaining = _list_images(images, self.file_kind)
+        remaining = _list_images(_as_sources(images), self.file_kind)
         while batch := list(islice(remaining, batch_size)):
             if self.task.target_kind == "mask":
                 yield from self._predict_masks(batch, batch_size)
@@ -173,7 +174,7 @@ class Predictor:
         return skipped_note(skipped, self.file_kind)
 
     def __call__(
-        self, images: Iterable[ImageSource], *, top_k: int | None = None, batch_size: int = 64
+        self, images: ImageSource | Iterable[ImageSource], *, top_k: int | None = None, batch_size: int = 64
     ) -> list[Prediction]:
         """Return the predictions of `stream` as a list."""
         return list(self.stream(images, top_k=top_k, batch_size=batch_size))
@@ -241,17 +242,33 @@ def predict(
         precision=(precision, str),
         trust_remote_code=(trust_remote_code, bool),
     )
-    is_single = not isinstance(images, Iterable) or isinstance(images, str | np.ndarray)
-    sources: Any = [images] if is_single else images
     predictor = Predictor(
         path, weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
     )
-    return predictor(sources, top_k=top_k, batch_size=batch_size)
+    return predictor(images, top_k=top_k, batch_size=batch_size)
+
+
+def _as_sources(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:
+    """Return images as an iterable: a path, bytes and an array are one image."""
+    _refuse_tensor(images)
+    is_single = isinstance(images, str | bytes | np.ndarray) or not isinstance(images, Iterable)
+    sources: Any = [images] if is_single else images
+    listed: Iterable[ImageSource] = sources
+    return listed
+
+
+def _refuse_tensor(source: object) -> None:
+    if isinstance(source, Tensor):
+        raise UsageError(
+            "an image is given as a tensor. Give a file, its bytes, a Pillow image, or an array uint8 (height, width, "
+            "3); for normalized images (B, C, H, W) call Predictor.outputs"
+        )
 
 
 def _list_images(sources: Iterable[ImageSource], kind: FileKind) -> Iterator[tuple[str, LoadedImage]]:
     """Yield names and images; a folder or a table is replaced by the images in it."""
     for number, source in enumerate(sources):
+        _refuse_tensor(source)
         if not isinstance(source, str | Path):
             yield f"{kind.noun} {number}", source
             continue

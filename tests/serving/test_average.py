@@ -289,3 +289,41 @@ def test_without_a_classifier(tmp_path: Path) -> None:
     assert "no classifier" in " ".join(done.notes)
     with pytest.raises(petune.CheckpointError, match="has no classifier"):
         petune.Predictor(tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("options", ["r=2,lora_alpha=4", "r=2,lora_alpha=4,use_rslora=true"])
+def test_lora_of_q_and_v_in_one_layer(options: str, tmp_path: Path) -> None:
+    paths = [adapter(tmp_path / str(seed), f"lora:targets=[q,v],{options}", seed) for seed in (0, 1)]
+    for rank in (None, 1):
+        done = petune.average_adapters(paths, tmp_path / f"rank{rank}", rank=rank)
+        assert (done.rank, tensors(tmp_path / f"rank{rank}")[LORA_A].shape[0]) == (rank or 8, rank or 8)
+        assert (done.largest_error or 0) < 1e-6 if rank is None else 0.1 < (done.largest_error or 0) < 1
+    expected = sum(merged_change(path) for path in paths) / 2
+    torch.testing.assert_close(merged_change(tmp_path / "rankNone"), expected, atol=1e-6, rtol=1e-4)
+    error = (merged_change(tmp_path / "rank1") - expected).norm() / expected.norm()
+    assert error == pytest.approx(done.errors["base_model.model.blocks.0.attn.qkv"], abs=1e-4)
+    assert config(tmp_path / "rank1")["metadata"]["method"].startswith("lora:target_modules=[blocks.0.attn.qkv]")
+    again = petune.average_adapters([tmp_path / "rankNone", tmp_path / "rank1"], tmp_path / "again")
+    assert again.rank == 8
+    petune.average_adapters(paths, tmp_path / "factors", by_factors=True)
+
+
+LORA_A = "base_model.model.blocks.0.attn.qkv.lora_A.weight"
+
+
+def merged_change(path: Path) -> Tensor:
+    """Return the change of the qkv weight when an adapter is merged."""
+    plain, tuned = backbone().model, backbone().model
+    petune.load(tuned, path).merge()
+    key = "blocks.0.attn.qkv.weight"
+    return tuned.state_dict()[key] - plain.state_dict()[key]
+
+
+def test_the_average_is_on_the_model_afterwards(tmp_path: Path) -> None:
+    paths = [adapter(tmp_path / str(seed), "adaptformer:bottleneck=4", seed) for seed in (0, 1)]
+    model, loaded = backbone().model, backbone().model
+    notes = petune.average_adapters(paths, tmp_path / "out", model=model).notes
+    assert "different random values" in " ".join(notes)
+    petune.load(loaded, tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(X), loaded.eval()(X))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import petune
 from petune.base.errors import CheckpointError, PluginError, UsageError
@@ -83,6 +84,19 @@ def test_numbers_are_in_the_units_of_the_targets(task_runs: dict[str, Path]) -> 
         assert prediction.numbers == pytest.approx({"digit": row[0], "rest": row[1]}, rel=1e-5)
         assert 990 < row[1] < 1010
     assert (predictor.classes, predictor.task.name) == ((), "regression")
+
+
+def test_bytes_are_one_image_and_tensors_none(task_runs: dict[str, Path]) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(IMAGES[0]).save(buffer, "PNG")
+    predictor = Predictor(task_runs["number"], device="cpu")
+    (one,) = petune.predict(task_runs["number"], buffer.getvalue(), device="cpu")
+    assert (one.error, one.numbers) == ("", predictor(IMAGES[:1])[0].numbers)
+    assert predictor(buffer.getvalue()) == [one]
+    assert predictor([IMAGES[0][..., None]])[0].numbers == one.numbers
+    for images in (torch.zeros(8, 8, 3, dtype=torch.uint8), [torch.zeros(3, 8, 8)]):
+        with pytest.raises(UsageError, match=r"given as a tensor.*Predictor\.outputs"):
+            predictor(images)
 
 
 def test_top_k_is_refused_where_it_does_nothing(task_runs: dict[str, Path]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from petune.serving.demo import SideBySide
 from petune.serving.demo.page import label_of
 from petune.serving.image_transform import ImageTransform
 from petune.serving.mask_files import MaskFiles
+from petune.serving.predictions import Prediction
 from petune.serving.whole_image import WholeImage, classes_of, whole_outputs
 from tests.program import call
 
@@ -209,3 +212,53 @@ def test_masks_replace_no_other_files(folder: Path, predictor: petune.Predictor,
     assert names[0] == names[2] != names[1]
     summary = json.loads((tmp_path / "masks" / "summary.json").read_text())
     assert {entry["image"] for entry in summary["images"]} == {str(image), str(photos / image.name)}
+
+
+def test_masks_of_other_calls_are_kept(
+    folder: Path, predictor: petune.Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks, pixels = tmp_path / "masks", (folder / "data/0.png").read_bytes()
+    for name in ("one/cat.png", "two/cat.png", "two/cat-overlay.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(pixels)
+    monkeypatch.chdir(tmp_path / "one")
+    MaskFiles.of(predictor, masks).write(predictor(["cat.png"])[0])  # and stopped before the summary
+    kept = {file.name: file.read_bytes() for file in masks.glob("*.png")}
+    assert kept.keys() == {"cat.png", "cat-overlay.png"}
+    monkeypatch.chdir(tmp_path / "two")
+    for name in ("cat.png", "cat-overlay.png"):
+        files = MaskFiles.of(predictor, masks)
+        files.write(predictor([name])[0])
+        files.write_summary()
+    assert {name: (masks / name).read_bytes() for name in kept} == kept
+    listed = [entry["mask"] for entry in json.loads((masks / "summary.json").read_text())["images"]]
+    assert listed == ["cat-2.png", "cat-overlay-2.png"]
+
+
+def test_a_stop_leaves_a_summary(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    def stream(self: petune.Predictor, images: Any, **_: object) -> Iterator[Prediction]:
+        nonlocal most
+        for image in images:
+            if not image.is_file():
+                raise KeyboardInterrupt
+            prediction = Prediction(str(image), kind="mask", mask=np.zeros((32, 32), np.uint8), fractions={"one": 1.0})
+            alive.append(weakref.ref(prediction.mask))
+            most = max(most, sum(mask() is not None for mask in alive))
+            yield prediction
+            del prediction
+
+    monkeypatch.setattr(petune.Predictor, "stream", stream)
+    images = [folder / f"data/{i}.png" for i in range(8)]
+    for last in (tmp_path / "stop", images[0]):
+        done = call("predict", folder / "run", *images, last, "-o", tmp_path / "masks", capture=capsys)
+        assert done.code == (0 if last.is_file() else 130), done.err
+        summary = json.loads((tmp_path / "masks" / "summary.json").read_text())
+        assert {entry["mask"] for entry in summary["images"]} == {f"{i}.png" for i in range(8)}
+    assert most <= 2  # not the masks of all images
+    refused = call("predict", folder / "run", folder / "data", "-o", folder / "data" / "masks", capture=capsys)
+    assert (refused.code, "Name a directory elsewhere" in refused.err) == (2, True)

@@ -232,6 +232,8 @@ def test_without_token_network_or_repository(hub: Server, adapter: Path, monkeyp
 def test_folders_of_this_machine_are_not_pushed(method: str, hub: Server, tmp_path: Path) -> None:
     metadata = {
         "dataset": "folder:/home/me/secret/pets",
+        "split_options": {"dataset": "folder:/home/me/secret/pets", "fold": 2},
+        "val_split": {"dataset": "folder:/home/me/secret/pets"},
         "backbone": {"name": "vit", "weights": "/home/me/secret/w.pt"},
     }
     petune.attach(tiny(), method).save(tmp_path / "a", metadata=metadata)
@@ -242,6 +244,7 @@ def test_folders_of_this_machine_are_not_pushed(method: str, hub: Server, tmp_pa
     config = json.loads(Path("flowers/adapter_config.json").read_bytes())
     own = config if method == "adaptformer" else config["auto_mapping"]["petune"]
     assert (own["metadata"]["dataset"], own["metadata"]["backbone"]["weights"]) == ("folder:pets", "w.pt")
+    assert own["metadata"]["split_options"] == {"dataset": "folder:pets", "fold": 2}
     petune.load(tiny(), "flowers")
 
 

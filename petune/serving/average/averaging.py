@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from petune.adapters.format import TENSOR_FILE
-from petune.adapters.lora_products import is_plain_lora, lora_factors, with_rank
+from petune.adapters.lora_products import is_plain_lora, layers_in_parts, lora_factors, with_rank
 from petune.base.errors import UsageError
 from petune.base.metric import Metric
 from petune.serving.average.ingredients import check_alike
@@ -45,6 +45,7 @@ class Averaging:
         self.head_keys = {key for key, (_, in_head) in parts.items() if in_head}
         config = request.base.saved.config
         self.is_lora = is_plain_lora(config, self.tuned(self.states[0])) and not request.by_factors
+        self.layers = self._layers_in_parts() if self.is_lora else []
         self.is_low_rank = not self.is_lora and any(".lora_A" in key for key in self.tuned_keys)
         if not self.is_lora:
             check_alike(request.ingredients, heads_alike=with_heads, by_products=False)
@@ -65,6 +66,27 @@ class Averaging:
         """Return the tuned tensors of a state."""
         return {key: state[key] for key in self.tuned_keys}
 
+    def _layers_in_parts(self) -> list[str]:
+        """Return the layers to wrap as wholes, because some adapter changes q, k or v of them alone; else none.
+
+        Raises:
+            UsageError: One is no linear layer.
+        """
+        found = [
+            layers_in_parts(i.saved.config, self.tuned(state))
+            for i, state in zip(self.request.ingredients, self.states, strict=True)
+        ]
+        layers = next(filter(None, found), [])
+        for path in layers:
+            module = self.slot.attachment.model.get_submodule(path)
+            if not isinstance(getattr(module, "base_layer", module), nn.Linear):
+                raise UsageError(
+                    f"{path} holds q, k and v as one parameter, and the average of LoRA on parts of it has no form in "
+                    "PEFT. Combine A and B one by one: by_factors=True",
+                    cli_hint="The flag is --by-factors",
+                )
+        return layers
+
     def run(self, data_dir: Path | None, batch_size: int) -> Averaged:
         """Combine the adapters and write the result."""
         request = self.request
@@ -76,6 +98,7 @@ class Averaging:
             chosen, vals, val = self.choose(metric, data_dir, batch_size)
             coefficients = tuple(1 / len(chosen) if i in chosen else 0.0 for i in range(count))
         combined = self.combine(chosen)
+        notes = self.notes(chosen)  # they try other starts on the model
         self.put(combined)
         summary = Averaged(
             output=str(request.output),
@@ -88,10 +111,12 @@ class Averaging:
             errors=combined.errors,
         )
         with_head = request.head != NO_HEAD
-        metadata = average_metadata(request.base, request.ingredients, summary, mixture, with_head=with_head)
+        metadata = average_metadata(
+            request.base, request.ingredients, summary, mixture, with_head=with_head, layers=self.layers
+        )
         self.slot.save(str(request.output), metadata, with_head=with_head)
         size = (request.output / TENSOR_FILE).stat().st_size
-        return replace(summary, notes=self.notes(chosen), bytes=size)
+        return replace(summary, notes=notes, bytes=size)
 
     def choose(
         self, metric: Metric, data_dir: Path | None, batch_size: int
@@ -99,7 +124,7 @@ class Averaging:
         """Return which adapters a greedy soup takes, the value of each on val, and that of the soup."""
         if self.predictor is None:
             raise UsageError("greedy evaluates the model that the runs record. Leave model out")
-        value = val_scorer(self.predictor, self.request.ingredients[0], metric, data_dir, batch_size)
+        value = val_scorer(self.predictor, self.request.base, metric, data_dir, batch_size)
 
         def value_of(chosen: tuple[int, ...]) -> float | None:
             self.put(self.combine(chosen))
@@ -133,7 +158,7 @@ class Averaging:
         """Put combined values on the model; a LoRA of another rank is attached anew."""
         options = self.request.base.saved.config["config"]
         if combined.rank is not None:
-            options = with_rank(options, combined.rank)
+            options = with_rank(options, combined.rank, self.layers)
         if self.slot.attachment.tuner.config.plain() != options:
             self.slot.exchange(options)
         self.slot.put(combined.values)

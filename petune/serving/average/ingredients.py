@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from petune.adapters.format import SavedAdapter, geometry_differences, read_adapter
-from petune.adapters.lora_products import RANK_OPTIONS, A, B, has_lora_options
+from petune.adapters.lora_products import LAYER_OPTIONS, RANK_OPTIONS, A, B, has_lora_options
 from petune.base.errors import BackboneMismatch, CheckpointError, UsageError
 from petune.runner.continued import tensors_digest
-from petune.runner.run_adapter import find_adapter
+from petune.runner.run_adapter import find_adapter, run_dir_of
+from petune.runner.split_options import read_split_options
 
 WITHOUT_EFFECT = ("dropout", "init")
 """Words in the names of options that act while an adapter trains, or before, and not on what its tensors compute."""
@@ -48,6 +49,11 @@ class Ingredient:
         """The seed of its run; None if that is not known."""
         seed = self.training.get("seed")
         return seed if isinstance(seed, int) else None
+
+    @property
+    def split_options(self) -> dict[str, Any] | None:
+        """The options that chose the val and test images of its run; None if they are not known."""
+        return read_split_options(self.metadata, run_dir_of(self.saved.path, self.metadata))
 
     @property
     def earlier(self) -> Mapping[str, Any] | None:
@@ -133,7 +139,7 @@ def check_alike(ingredients: Sequence[Ingredient], *, heads_alike: bool, by_prod
     for other in ingredients[1:]:
         is_product = by_products and has_lora_options(first.saved.config)
         same_layers = first.saved.tensors.keys() == other.saved.tensors.keys()  # a converted LoRA names each of them
-        may_differ = RANK_OPTIONS | {"target_modules"} if same_layers else RANK_OPTIONS
+        may_differ = RANK_OPTIONS | LAYER_OPTIONS if same_layers else RANK_OPTIONS
         _check_method(first, other, may_differ if is_product else frozenset())
         _check_backbone(first, other)
         if heads_alike:

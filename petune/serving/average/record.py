@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from petune.adapters.lora_products import RANK_OPTIONS
+from petune.adapters.lora_products import RANK_OPTIONS, with_rank
 from petune.base.metric import Metric
 from petune.injector.registry import parse_method
+from petune.runner.split_options import OLD_KEY, SPLIT_OPTIONS, shared_options
 from petune.serving.average.ingredients import Ingredient
 from petune.serving.average.soup import Mixture
-from petune.serving.average.val_scores import shared_val
-from petune.serving.evaluation import VAL_SPLIT
 
-OF_ONE_RUN = ("training", "test", "continued_from", "images", "averaged_from", "converted_from", VAL_SPLIT)
+OF_ONE_RUN = (
+    "training", "test", "continued_from", "images", "averaged_from", "converted_from", SPLIT_OPTIONS, OLD_KEY
+)  # fmt: skip
 """Entries of the metadata of a run that are not true of an average."""
 
 
@@ -89,7 +90,13 @@ def shown_coefficients(mixture: Mixture, count: int) -> tuple[float, ...]:
 
 
 def average_metadata(
-    base: Ingredient, ingredients: Sequence[Ingredient], averaged: Averaged, mixture: Mixture, *, with_head: bool
+    base: Ingredient,
+    ingredients: Sequence[Ingredient],
+    averaged: Averaged,
+    mixture: Mixture,
+    *,
+    with_head: bool,
+    layers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the metadata of an average: that of a run, without its results and its training.
 
@@ -99,19 +106,23 @@ def average_metadata(
         averaged: The summary.
         mixture: How they were combined.
         with_head: It has a classifier.
+        layers: Of a LoRA that names its layers where those that it averages name parts of attentions.
     """
     kept = {key: value for key, value in base.metadata.items() if key not in OF_ONE_RUN}
     if not with_head:
         kept = {key: value for key, value in kept.items() if key not in {"classes", "task", "num_outputs"}}
     digests = [i.metadata.get("images") for i in ingredients]
-    if digests[0] and all(digest == digests[0] for digest in digests):
+    same_images = all(digest == digests[0] for digest in digests)
+    if digests[0] and same_images:
         kept["images"] = digests[0]
+    if any(i.metadata.get("kept_splits") for i in ingredients):
+        kept["kept_splits"] = True
     if any("final_fit" in i.training for i in ingredients):
         kept["training"] = {"val_metrics": None, "final_fit": "train+val"}
-    if (val := shared_val(ingredients)) is not None:
-        kept[VAL_SPLIT] = val
+    if (options := shared_options([i.split_options for i in ingredients])) is not None:
+        kept[SPLIT_OPTIONS] = {key: v for key, v in options.items() if same_images or key != "dataset"}
     if averaged.rank is not None:
-        kept["method"] = method_with(str(kept.get("method", base.saved.config["tuner"])), averaged.rank)
+        kept["method"] = method_with(str(kept.get("method", base.saved.config["tuner"])), averaged.rank, layers)
     details = {"density": mixture.density, "seed": mixture.seed} if mixture.algorithm in {"ties", "dare"} else {}
     chosen_on = {"metric": averaged.metric.model_dump(), "val": averaged.val} if averaged.metric is not None else {}
     kept["averaged_from"] = {
@@ -126,11 +137,24 @@ def average_metadata(
     return kept
 
 
-def method_with(method: str, rank: int) -> str:
-    """Return a LoRA method as text with another rank and a scale of 1, as `petune run --from` compares it."""
+def method_with(method: str, rank: int, layers: Sequence[str] = ()) -> str:
+    """Return a LoRA method as text with another rank and a scale of 1, as `petune run --from` compares it.
+
+    Args:
+        method, rank: The text, and the rank.
+        layers: See `petune.adapters.lora_products.with_rank`.
+    """
     name, options = parse_method(method)
+    if layers:
+        return method_text(name, with_rank(options, rank, layers))
     parts = [text for text in method[len(name) + 1 :].split(",") if text] if options else []
     if any(text.partition("=")[0].strip() in {"rank_pattern", "alpha_pattern"} for text in parts):
         return f"{name}{',' if ':' in name else ':'}r={rank},lora_alpha={rank}"
     kept = [text for text in parts if text.partition("=")[0].strip() not in RANK_OPTIONS]
     return f"{name}{',' if ':' in name else ':'}" + ",".join([*kept, f"r={rank}", f"lora_alpha={rank}"])
+
+
+def method_text(name: str, options: Mapping[str, Any]) -> str:
+    """Return a method with its options as text: `lora:target_modules=[a,b],r=4`."""
+    texts = {key: f"[{','.join(v)}]" if isinstance(v, list) else str(v).lower() for key, v in options.items()}
+    return f"{name}{',' if ':' in name else ':'}" + ",".join(f"{key}={text}" for key, text in texts.items())

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from petune.adapters.card import model_card
 from petune.adapters.format import SavedAdapter, write_adapter
-from petune.adapters.lora_products import RANK_OPTIONS
+from petune.adapters.lora_products import LAYER_OPTIONS, RANK_OPTIONS
 from petune.base.config import expand_home
+from petune.base.errors import AttachError
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.load import start_from
@@ -41,14 +42,14 @@ class AdapterSlot:
         """Load an adapter and return its tensors by the file's keys, on the CPU.
 
         Args:
-            saved: Of the same method, on the same backbone. A LoRA of another rank is attached first.
+            saved: Of the same method, on the same backbone. A LoRA of another rank or other layers is attached first.
             with_head: With its classifier; without it, the classifier's tensors are left out.
 
         Raises:
             BackboneMismatch: It does not fit, or computes something else than when it was saved.
         """
         options, attached = saved.config["config"], self.attachment.tuner.config.plain()
-        if any(options.get(key) != attached.get(key) for key in RANK_OPTIONS):
+        if any(options.get(key) != attached.get(key) for key in RANK_OPTIONS | LAYER_OPTIONS):
             self.exchange(options)
         start_from(self.attachment, saved, with_head=with_head)
         parts = self.parts()
@@ -70,10 +71,19 @@ class AdapterSlot:
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Give the adapter on the model other values, by the file's keys."""
+        """Give the adapter on the model other values, by the file's keys.
+
+        Raises:
+            AttachError: One has another shape.
+        """
         self.attachment.tensors.shape_buffers(values)
         for key, target in self.attachment.file_state().items():
             if key in values:
+                if values[key].shape != target.shape:  # copy_ would repeat a value of one row or column
+                    raise AttachError(
+                        f"{key} is {tuple(values[key].shape)}, and the adapter has {tuple(target.shape)} there. Please "
+                        "report this: petune should have refused these adapters"
+                    )
                 target.copy_(values[key])
         forget_caches(self.attachment.model)
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from petune.base.errors import UsageError
 from petune.base.metric import LOSS, Metric
 from petune.runner.file_names import CONFIG_FILE
-from petune.runner.migrations import read_config
+from petune.runner.split_options import SPLIT_KEYS, shared_options
 from petune.serving.average.ingredients import Ingredient
-from petune.serving.evaluation import VAL_SPLIT, EvalRequest, evaluate_images, select_images
+from petune.serving.evaluation import EvalRequest, evaluate_images, select_images
 from petune.serving.predict import Predictor
-
-SPLIT_KEYS = ("dataset", "val_fraction", "folds", "fold", "on_broken", "channels")
-"""Options of a run that choose the images of val; its seed does not."""
 
 
 def check_val(ingredients: Sequence[Ingredient]) -> None:
@@ -24,8 +22,8 @@ def check_val(ingredients: Sequence[Ingredient]) -> None:
     Raises:
         UsageError: They have not, or it is not known.
     """
-    configs = [_config(ingredient) for ingredient in ingredients]
-    for ingredient, config in zip(ingredients, configs, strict=True):
+    each = [_options(ingredient) for ingredient in ingredients]
+    for ingredient, options in zip(ingredients, each, strict=True):
         if "final_fit" in ingredient.training:
             raise UsageError(
                 f"{ingredient.path} was trained on val in the end (final_fit), so val cannot choose what to average. "
@@ -36,36 +34,26 @@ def check_val(ingredients: Sequence[Ingredient]) -> None:
                 f"{ingredient.path} has the splits of an earlier run, so its options do not say which images val has. "
                 "Use the algorithm uniform"
             )
-        different = [key for key in SPLIT_KEYS if config.get(key) != configs[0].get(key)]
+        shared = shared_options([each[0], options]) or {}
+        different = [key for key in SPLIT_KEYS if key not in shared]
         if different:
             key = different[0]
+            values = [repr(o[key]) if key in o else "not the same in all that it averages" for o in (each[0], options)]
             raise UsageError(
-                f"{ingredients[0].path} and {ingredient.path} have other val splits: {key} is {configs[0].get(key)!r} "
-                f"and {config.get(key)!r}. One may have trained on the val images of the other, so val cannot choose "
-                "what to average. Use the algorithm uniform, or runs of one split"
+                f"{ingredients[0].path} and {ingredient.path} have other val splits: {key} is {' and '.join(values)}. "
+                "One may have trained on the val images of the other, so val cannot choose what to average. Use the "
+                "algorithm uniform, or runs of one split"
             )
 
 
-def shared_val(ingredients: Sequence[Ingredient]) -> dict[str, object] | None:
-    """Return the options that choose the val images of all runs; None if these differ, or are not val of each."""
-    try:
-        check_val(ingredients)
-    except UsageError:
-        return None
-    config = _config(ingredients[0])
-    return {key: config.get(key) for key in SPLIT_KEYS}
-
-
-def _config(ingredient: Ingredient) -> dict[str, object]:
-    if isinstance(recorded := ingredient.metadata.get(VAL_SPLIT), Mapping):
-        return dict(recorded)
-    for directory in (ingredient.path, ingredient.saved.path.parent):
-        if (directory / CONFIG_FILE).is_file():
-            return dict(read_config(directory / CONFIG_FILE))
-    raise UsageError(
-        f"greedy chooses on val, and there is no {CONFIG_FILE} in {ingredient.path} that says which images these are. "
-        "Give run directories, or use the algorithm uniform"
-    )
+def _options(ingredient: Ingredient) -> dict[str, Any]:
+    options = ingredient.split_options
+    if options is None:
+        raise UsageError(
+            f"greedy chooses on val, and there is no {CONFIG_FILE} in {ingredient.path} that says which images these "
+            "are. Give run directories, or use the algorithm uniform"
+        )
+    return options
 
 
 def main_metric(ingredient: Ingredient) -> Metric:

@@ -1,6 +1,6 @@
 """Evaluate a trained model: recall and precision by class, confusion matrix, calibration."""
 
-from petune.serving.evaluation.eval_images import VAL_SPLIT, EvalRequest, select_images
+from petune.serving.evaluation.eval_images import EvalRequest, select_images
 from petune.serving.evaluation.evaluate_run import evaluate
 from petune.serving.evaluation.evaluated import Evaluated, evaluate_images
 from petune.serving.evaluation.files import write_evaluation
@@ -9,7 +9,6 @@ from petune.serving.evaluation.plots import confusion_plot, reliability_plot
 
 __all__ = [
     "COLUMNS",
-    "VAL_SPLIT",
     "Bin",
     "ClassMetrics",
     "EvalRequest",

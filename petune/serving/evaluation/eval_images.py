@@ -26,13 +26,13 @@ from petune.data.video.options import ClipOptions
 from petune.runner.file_names import CONFIG_FILE, SPLITS_FILE
 from petune.runner.kept_splits import SplitRecord, file_digests, read_splits
 from petune.runner.migrations import read_config
+from petune.runner.run_adapter import find_adapter, run_dir_of
 from petune.runner.run_config import RunConfig
 from petune.runner.run_data import prepare_data
+from petune.runner.split_options import SPLIT_KEYS, TEST_KEYS, read_split_options
 from petune.serving.image_transform import ImageTransform
 from petune.serving.predict import Predictor
 
-VAL_SPLIT = "val_split"
-"""Metadata of an average: the options of its runs that choose the images of val."""
 MAX_NAMES = 5
 EvalSplit = Literal["test", "val"]
 Load = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
@@ -96,7 +96,7 @@ def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
         _check_exists(request.path, trained_on)
     dataset = trained_on if request.dataset is None else request.dataset
     is_own = request.dataset is None or is_training_dataset(dataset, trained_on, trained_digests)
-    run_dir = next((path for path in (request.path, request.path.parent) if (path / CONFIG_FILE).is_file()), None)
+    run_dir = run_dir_of(find_adapter(request.path), predictor.metadata)
     labeled = None if is_own else build_reader(dataset).labeled_files(request.split)
     if labeled is not None:
         images = _file_images(dataset, labeled, predictor)
@@ -109,12 +109,36 @@ def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
             "Give the run directory, or other images: dataset='folder:PATH'",
             cli_hint="Name other images with --dataset folder:PATH",
         )
-    data = prepare_data(_run_config(predictor.metadata, dataset, is_own, request, run_dir), run_dir)
+    options = read_split_options(predictor.metadata, run_dir) if is_own else None
+    if is_own:
+        _check_known(options, request)
+    data = prepare_data(
+        _run_config(predictor.metadata, dataset, options or {}, request, run_dir if is_own else None), run_dir
+    )
     images = _split_images(dataset, data, predictor, request.split)
-    if not is_own:
+    if options is None or not {*TEST_KEYS} <= options.keys():
         return images
     has_val = "final_fit" in predictor.metadata.get("training", {})
     return replace(images, num_trained_on=len(images.names) if has_val and request.split == "val" else 0)
+
+
+def _check_known(options: Mapping[str, Any] | None, request: EvalRequest) -> None:
+    """Check that there is a split of the own dataset that no averaged run trained on in another fold.
+
+    Raises:
+        UsageError: There is none, or it is not known which images val has.
+    """
+    if options is not None and not {"folds", "fold"} <= options.keys():
+        raise UsageError(
+            f"the runs that {request.path} averages had other folds, so each trained on test images of another. Give "
+            "images that none of them saw: dataset='folder:PATH'",
+            cli_hint="Name them with --dataset folder:PATH",
+        )
+    if request.split == "val" and (options is None or not {*SPLIT_KEYS} <= options.keys()):
+        raise UsageError(
+            f"the val split of {request.path} is unknown, because there is no {CONFIG_FILE} next to the adapter. Give "
+            "the run directory, or a dataset with a val folder. An average has the val split that its runs share"
+        )
 
 
 def _num_trained_on(labeled: LabeledFiles, record: SplitRecord | None) -> int | None:
@@ -144,25 +168,18 @@ def _check_exists(path: Path, trained_on: str) -> None:
 
 
 def _run_config(
-    metadata: Mapping[str, Any], dataset: str, is_own: bool, request: EvalRequest, run_dir: Path | None
+    metadata: Mapping[str, Any], dataset: str, options: Mapping[str, Any], request: EvalRequest, run_dir: Path | None
 ) -> RunConfig:
     """Return the config that defines the splits: the run's own, or without one what the adapter records."""
-    recorded = metadata.get(VAL_SPLIT)
-    values: dict[str, Any] = {}
-    if is_own and run_dir is not None and recorded is None:
+    if run_dir is not None:
         values = read_config(run_dir / CONFIG_FILE)
-    elif is_own and request.split == "val" and recorded is None:
-        raise UsageError(
-            f"the val split of {request.path} is unknown, because there is no {CONFIG_FILE} next to the adapter. Give "
-            "the run directory, or a dataset with a val folder. An average has the val split that its runs share"
-        )
-    if not values:
+    else:
         backbone = metadata["backbone"]
         values = {
             "backbone": backbone["name"],
             "backbone_options": backbone["options"],
             "image_size": backbone["image_size"],
-            **(recorded if is_own and recorded else {}),
+            **options,
         }
     values = {**values, "dataset": dataset} | ({"data_dir": request.data_dir} if request.data_dir else {})
     return RunConfig.build(values, str((run_dir or request.path) / CONFIG_FILE))

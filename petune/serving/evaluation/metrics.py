@@ -73,7 +73,8 @@ class Evaluation(Config):
         num_images: Number of images.
         trained_on: The model was trained on some of them, so the metrics are no measure of other images. It was not if
             they are of its own test split, or if their files have other bytes than those it was trained on; None if
-            that is not known: other datasets than folders, and adapters without their run directory.
+            that is not known: other datasets than folders, adapters without their run directory, and averages of runs
+            with other test images.
         num_trained_on: On how many; None if that is not known.
         top1, top5: Accuracy in percent; with fewer than five classes, top5 is 100.
         balanced_accuracy, macro_f1: Means of recall and F1 over the classes with images, in percent.
