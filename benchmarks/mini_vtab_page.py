@@ -1,11 +1,16 @@
 """Show the suite mini-vtab in docs/results.md: a heat map of methods and datasets, mean ranks, cost and accuracy.
 
 Ranks are compared as Demšar does (Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 7, 2006): a
-Friedman test over the datasets, then Nemenyi's critical difference of mean ranks.
+Friedman test over the datasets, then Nemenyi's critical difference of mean ranks. The cost is measured apart, because
+the runs of a suite take hours on a machine that does other things too; on an idle one:
+
+    python benchmarks/speed.py --sizes vit_nano --no-memory --output benchmarks/results/speed-methods \\
+        --methods linear vpt vpt:deep=false lora ...
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUITE = "mini-vtab"
-FIGURE = Path(__file__).resolve().parent / "results" / f"{SUITE}.svg"
+RESULTS = Path(__file__).resolve().parent / "results"
+FIGURE, SPEED = RESULTS / f"{SUITE}.svg", RESULTS / "speed-methods" / "speed.json"
 LEVEL = 0.05
 BASELINE = "linear"
 LARGEST_STEP = 15.0
@@ -39,14 +45,14 @@ class Table:
         top1: Mean over seeds on test, by method, one number for each dataset; methods that lack one are left out.
         rank: Mean rank over the datasets, 1 for the best; equal values share the mean of their ranks.
         percent: Trained parameters with the classifier in percent of backbone and classifier, mean over the datasets.
-        slowdown: Training time divided by that of AdaptFormer on the same dataset, mean over the datasets.
+        step: Time of a training step divided by that of AdaptFormer's, measured in turns; of methods in SPEED.
     """
 
     datasets: tuple[str, ...]
     top1: Mapping[str, tuple[float, ...]]
     rank: Mapping[str, float]
     percent: Mapping[str, float]
-    slowdown: Mapping[str, float]
+    step: Mapping[str, float]
 
     @property
     def ranked(self) -> list[str]:
@@ -76,15 +82,21 @@ def read_table(pieces: Sequence[str], results: Results) -> Table | None:
         return None
     top1 = {m: tuple(float(column[m]["mean"]["top1"]) for column in rows) for m in methods}
     ranks = [_ranks({m: values[i] for m, values in top1.items()}) for i in range(len(pieces))]
-    reference = "adaptformer" if "adaptformer" in methods else methods[0]
-    times = {m: [column[m]["time_s"] / column[reference]["time_s"] for column in rows] for m in methods}
     return Table(
         tuple(piece.removeprefix(f"{SUITE}-") for piece in pieces),
         top1,
         {m: _mean([rank[m] for rank in ranks]) for m in methods},
         {m: _mean([column[m]["percent_of_backbone"] for column in rows]) for m in methods},
-        {m: _mean(values) for m, values in times.items()},
+        step_times(),
     )
+
+
+def step_times(file: Path = SPEED) -> dict[str, float]:
+    """Return the time of a step by method, relative to AdaptFormer's; nothing if it was not measured."""
+    if not file.exists():
+        return {}
+    ratios = json.loads(file.read_bytes())["steps"]["vit_nano"]["petune_is_faster_by"]
+    return {name.removeprefix("petune "): float(ratio["median"]) for name, ratio in ratios.items()}
 
 
 def section(pieces: Sequence[str], results: Results) -> list[str]:
@@ -93,14 +105,18 @@ def section(pieces: Sequence[str], results: Results) -> list[str]:
     if table is None:
         done = [piece for piece in pieces if piece in results]
         return [f"**{len(done)} of {plural(len(pieces), 'dataset')} measured so far**; the heat map needs all.", ""]
-    header = ("method", "mean rank", "mean top-1", *table.datasets, "% of backbone", "time")
+    header = ("method", "mean rank", "mean top-1", *table.datasets, "% of backbone", "step")
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for method in table.ranked:
         values = table.top1[method]
         numbers = [f"{table.rank[method]:.1f}", *(f"{value:.2f}" for value in (_mean(values), *values))]
-        cost = [f"{table.percent[method]:.2f}", f"{table.slowdown[method]:.2f}"]
+        step = f"{table.step[method]:.2f}" if method in table.step else "–"
+        cost = [f"{table.percent[method]:.2f}", step]
         lines.append("| " + " | ".join([f"`{method}`", *numbers, *cost]) + " |")
-    note = "Top-1 on test in percent, means over the seeds; time is that of training, relative to AdaptFormer's."
+    note = (
+        "Top-1 on test in percent, means over the seeds. The time of a step is relative to AdaptFormer's, measured in "
+        "turns on an idle machine (benchmarks/speed.py); a linear probe trains faster, as its features are kept."
+    )
     figure = f"![Top-1 of each method on each dataset, and mean ranks](../benchmarks/results/{FIGURE.name})"
     return [" ".join(sentences(table)), "", figure, "", *lines, "", note, ""]
 

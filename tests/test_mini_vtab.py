@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ PIECES = ["mini-vtab-a", "mini-vtab-b", "mini-vtab-c", "mini-vtab-d"]
 
 
 def _comparison(**top1: float) -> dict[str, Any]:
-    row = {"status": "done", "percent_of_backbone": 1.0, "time_s": 10.0}
+    row = {"status": "done", "percent_of_backbone": 1.0}
     return {"rows": [row | {"method": method, "mean": {"top1": value}} for method, value in top1.items()]}
 
 
@@ -68,6 +69,14 @@ def test_the_page_says_what_it_found_or_what_is_missing() -> None:
     assert "| `vpt` | 2.1 | 55.00 | 60.00 | 60.00 | 40.00 | 60.00 |" in text
     partly = {name: result for name, result in _results().items() if name != PIECES[0]}
     assert "3 of 4 datasets measured" in "\n".join(mini_vtab_page.section(PIECES, partly))
+
+
+def test_the_cost_is_that_of_steps_in_turns(tmp_path: Path) -> None:
+    ratios = {"petune adaptformer": {"median": 1.0}, "petune full": {"median": 1.7}, "timm full, fp32": {"median": 2.5}}
+    file = tmp_path / "speed.json"
+    file.write_text(json.dumps({"steps": {"vit_nano": {"petune_is_faster_by": ratios}}}))
+    assert mini_vtab_page.step_times(file) == {"adaptformer": 1.0, "full": 1.7, "timm full, fp32": 2.5}
+    assert mini_vtab_page.step_times(tmp_path / "none.json") == {}
 
 
 def test_a_method_that_failed_on_a_dataset_is_left_out() -> None:
