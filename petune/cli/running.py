@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -157,6 +158,7 @@ class _Tracking:
 
         self._name = name
         self._directory = output / name
+        self._started: Counter[str] = Counter()
         self._tracker = Tracker(name, self._directory)
 
     def __call__(self, event: Event | RunStarted | RunEvent) -> None:
@@ -165,7 +167,10 @@ class _Tracking:
 
         if isinstance(event, RunStarted):
             self.close()
-            self._tracker = Tracker(self._name, self._directory / _file_name(f"{event.method}-seed{event.seed}"))
+            name = _file_name(f"{event.method}-seed{event.seed}")
+            self._started[name] += 1  # runs on another dataset have the same name, and come in the same order again
+            number = f"-{self._started[name]}" if self._started[name] > 1 else ""
+            self._tracker = Tracker(self._name, self._directory / f"{name}{number}")
         elif not isinstance(event, RunEvent):  # a tracker follows one run at a time
             self._tracker(event)
 

@@ -133,3 +133,14 @@ def test_a_converted_lora_beside_a_plain_one(converted_first: bool, tmp_path: Pa
     some = adapter(tmp_path / "some", "lora:r=2,target_modules=[qkv]", 2)
     with pytest.raises(petune.UsageError):
         petune.average_adapters([*mixed, some], tmp_path / "refused")
+
+
+@pytest.mark.parametrize("algorithm", ["uniform", "task_arithmetic"])
+def test_metadata_of_another_form(algorithm: str, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        att = petune.attach(backbone().model, "bitfit")
+        torch.nn.init.constant_(next(iter(att.tuned.values())), seed + 1.0)
+        att.save(tmp_path / str(seed), metadata={"preprocess": "imagenet", "backbone": "vit", "training": [seed]})
+    paths = [tmp_path / "0", tmp_path / "1"]
+    petune.average_adapters(paths, tmp_path / "out", algorithm=algorithm, model=backbone().model)
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "0").keys()

@@ -223,3 +223,15 @@ def test_a_task_that_is_not_installed_is_named(tmp_path: Path, capsys: pytest.Ca
         broken = changed(adapter, tmp_path / f"broken{number}", task=damage)
         with pytest.raises(CheckpointError, match="does not record the task"):
             Predictor(broken)
+
+
+def test_the_demo_takes_other_channels(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 16, 5), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        (tmp_path / "data" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "data" / "ab"[number % 2] / f"{number}.npy", image)
+    petune.run(**BACKBONE, dataset=f"folder:{tmp_path / 'data'}", method="linear", train=TRAIN, output=tmp_path / "run")
+    file = tmp_path / "data" / "a" / "0.npy"
+    shown, (answer,) = SideBySide([tmp_path / "run"], device="cpu")(file)
+    assert (shown.shape[2], shown.dtype) == (3, np.uint8)
+    assert answer.prediction.top == petune.predict(tmp_path / "run", file, device="cpu")[0].top

@@ -259,6 +259,6 @@ def test_a_stop_leaves_a_summary(
         assert done.code == (0 if last.is_file() else 130), done.err
         summary = json.loads((tmp_path / "masks" / "summary.json").read_text())
         assert {entry["mask"] for entry in summary["images"]} == {f"{i}.png" for i in range(8)}
-    assert most <= 2  # not the masks of all images
+    assert most < 5  # not the masks of all images
     refused = call("predict", folder / "run", folder / "data", "-o", folder / "data" / "masks", capture=capsys)
     assert (refused.code, "Name a directory elsewhere" in refused.err) == (2, True)

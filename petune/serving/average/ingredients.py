@@ -41,8 +41,12 @@ class Ingredient:
     @property
     def training(self) -> Mapping[str, Any]:
         """Entries that a run has recorded about its training."""
-        training = self.metadata.get("training")
-        return training if isinstance(training, Mapping) else {}
+        return self.recorded("training")
+
+    def recorded(self, key: str) -> Mapping[str, Any]:
+        """Return the entries below a key of the metadata; none if users saved something else there."""
+        entries = self.metadata.get(key)
+        return entries if isinstance(entries, Mapping) else {}
 
     @property
     def seed(self) -> int | None:
@@ -182,7 +186,7 @@ def _check_backbone(first: Ingredient, other: Ingredient) -> None:
     for key, noun in (("fingerprint", "backbones"), ("head_fingerprint", "frozen classifiers")):
         digests = [config.get(key) for config in configs]
         if None not in digests and digests[0] != digests[1]:
-            names = [str((i.metadata.get("backbone") or {}).get("weights")) for i in (first, other)]
+            names = [str(i.recorded("backbone").get("weights")) for i in (first, other)]
             weights = f" ({names[0]} and {names[1]})" if names[0] != names[1] else ""
             raise BackboneMismatch(
                 f"{first.path} and {other.path} were trained on {noun} of other weights{weights}. Average adapters of "
@@ -194,8 +198,7 @@ def _check_backbone(first: Ingredient, other: Ingredient) -> None:
 
 def _random_weights(ingredient: Ingredient) -> int | None:
     """Return the seed of a backbone without pretrained weights: where all of it trains, no fingerprint tells."""
-    backbone = ingredient.metadata.get("backbone")
-    recorded = backbone if isinstance(backbone, Mapping) else {}
+    recorded = ingredient.recorded("backbone")
     return recorded.get("seed") if recorded.get("weights") == "none" else None
 
 
@@ -207,7 +210,7 @@ def _check_outputs(first: Ingredient, other: Ingredient) -> None:
             cli_hint="The flag is --head",
         )
     for key in ("mean", "std", "image_size"):
-        values = [(i.metadata.get("preprocess") or {}).get(key) for i in (first, other)]
+        values = [i.recorded("preprocess").get(key) for i in (first, other)]
         if None not in values and values[0] != values[1]:
             raise UsageError(
                 f"{first.path} and {other.path} see images with another {key}: {values[0]} and {values[1]}. Average "

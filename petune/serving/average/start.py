@@ -108,7 +108,7 @@ def start_of(
 
 def _check_one_backbone(ingredients: Sequence[Ingredient]) -> None:
     """Check the names of the weights: of what trains in place, no fingerprint tells the start."""
-    names = {str((i.metadata.get("backbone") or {}).get("weights")) for i in ingredients}
+    names = {str(i.recorded("backbone").get("weights")) for i in ingredients}
     if len(names) > 1:
         raise UsageError(
             f"the runs started from backbones of {plural(len(names), 'name')} ({', '.join(sorted(names))}), so they "

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,11 +106,12 @@ class SideBySide:
         Raises:
             DataError: The image cannot be read; the message names it without its folder.
         """
-        shown = ImageTransform(self._transforms[self.names[0]].preprocess, SHOWN_SIDE, 1.0)
+        first = self._transforms[self.names[0]]
+        shown = ImageTransform(first.preprocess, SHOWN_SIDE, 1.0, first.form)
         squares = {name: _square(self._transforms[name], image) for name in self.names}
         with self._lock:
             answers = [self._answer(name, squares[name], top_k) for name in self.names]
-        return _square(shown, image)[0], answers
+        return visible(_square(shown, image)[0]), answers
 
     def has_mask(self, name: str) -> bool:
         """Return True if an adapter predicts a mask."""
@@ -117,26 +119,24 @@ class SideBySide:
 
     def _warm_up(self, name: str) -> None:
         """Run one forward, because the first one is slow and would be shown as the time of an image."""
-        side = self._transforms[name].stored_size
-        self._answer(name, np.zeros((1, side, side, 3), np.uint8), 1)
+        side, form = self._transforms[name].stored_size, self._transforms[name].form
+        self._answer(name, np.zeros((1, side, side, form.channels), form.dtype), 1)
 
-    def _answer(self, name: str, square_1SS3: NDArray[np.uint8], top_k: int) -> Answer:
+    def _answer(self, name: str, square_1SSC: NDArray[Any], top_k: int) -> Answer:
         model, task = self._bank.use(name), self._tasks[name]
         start = time.perf_counter()
         with torch.inference_mode():
-            x_BCHW = self._transforms[name].batch(square_1SS3, self._device)
+            x_BCHW = self._transforms[name].batch(square_1SSC, self._device)
             outputs = logits_of(model(x_BCHW)).float()
             if task.target_kind == "mask":
                 prediction = mask_prediction(task, name, outputs[0].cpu(), (outputs.shape[2], outputs.shape[3]))
             else:
                 (prediction,) = predictions_of(task, [name], outputs, top_k)  # waits for a GPU
         time_s = time.perf_counter() - start
-        return Answer(name, prediction, time_s, _overlay(self._transforms[name], square_1SS3, prediction))
+        return Answer(name, prediction, time_s, _overlay(self._transforms[name], square_1SSC, prediction))
 
 
-def _overlay(
-    transform: ImageTransform, square_1SSC: NDArray[np.uint8], prediction: Prediction
-) -> NDArray[np.uint8] | None:
+def _overlay(transform: ImageTransform, square_1SSC: NDArray[Any], prediction: Prediction) -> NDArray[np.uint8] | None:
     """Return what the model saw, colored by the predicted mask; None if there is no mask."""
     if prediction.mask is None:
         return None
@@ -150,11 +150,11 @@ def _overlay(
     return with_mask(shown, prediction.mask, ignore_index=-1)
 
 
-def _square(transform: ImageTransform, image: Path) -> NDArray[np.uint8]:
-    square_1SS3, errors = transform.squares([image])
+def _square(transform: ImageTransform, image: Path) -> NDArray[Any]:
+    square_1SSC, errors = transform.squares([image])
     if errors:
         raise DataError(errors[0].replace(str(image), image.name))
-    return square_1SS3
+    return square_1SSC
 
 
 def _check_same_backbone(first: SavedAdapter, other: SavedAdapter) -> None:
