@@ -42,6 +42,21 @@ class SavedAdapter:
     tensors: dict[str, Tensor]
 
 
+def check_plain(metadata: Mapping[str, Any]) -> None:
+    """Check that metadata can be written as JSON, before anything else is done.
+
+    Raises:
+        UsageError: An entry holds something else than numbers, text, lists and dicts of Python.
+    """
+    for key, value in metadata.items():
+        try:
+            json.dumps({key: value})
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"metadata[{key!r}] cannot be saved as JSON: {error}. Give plain numbers, text, lists and dicts"
+            ) from None
+
+
 def write_adapter(
     path: Path,
     config: Mapping[str, Any],

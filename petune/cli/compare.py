@@ -106,7 +106,7 @@ def run_comparison(config: CompareConfig, *, as_json: bool, tracker: str | None,
 
     output = config.directory
     flags = () if executor == "serial" else ("--executor", executor)
-    with resume_hint("compare", output / CONFIG_FILE, *flags), watching(tracker, output) as watch:
+    with resume_hint("compare", output / CONFIG_FILE, *flags, tracker=tracker), watching(tracker, output) as watch:
         comparison = compare_config(config, executor=executor, watch=watch)
     if as_json:
         print_json(comparison.model_dump(mode="json"))
@@ -125,7 +125,10 @@ def _run_grid(config: CompareConfig, *, as_json: bool, tracker: str | None, exec
     from petune.runner.grid import compare_datasets
 
     flags = () if executor == "serial" else ("--executor", executor)
-    with resume_hint("compare", config.directory / CONFIG_FILE, *flags), watching(tracker, config.directory) as watch:
+    with (
+        resume_hint("compare", config.directory / CONFIG_FILE, *flags, tracker=tracker),
+        watching(tracker, config.directory) as watch,
+    ):
         grid = compare_datasets(config, executor=executor, watch=watch)
     if as_json:
         print_json(grid.model_dump(mode="json"))

@@ -49,7 +49,7 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
         return
     output = init_group().broadcast(lambda: run_directory(config, pretrain_name(config), resume=resume))
     config = config.model_copy(update={"output": output})
-    with resume_hint("pretrain", output / CONFIG_FILE, "--resume"), watching(tracker, output) as watch:
+    with resume_hint("pretrain", output / CONFIG_FILE, "--resume", tracker=tracker), watching(tracker, output) as watch:
         result = run_config(config, watch=watch)
     print_result(result, as_json=json)
     print_status(f"use it with: {shlex.join(_run_flags(config, result.output))}")

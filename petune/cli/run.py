@@ -82,7 +82,7 @@ def _run_once(config: RunConfig, as_json: bool, tracker: str | None, *, resume: 
 
     output = init_group().broadcast(lambda: run_directory(config, run_name(config), resume=resume))
     config = config.model_copy(update={"output": output})
-    with resume_hint("run", output / CONFIG_FILE, "--resume"), watching(tracker, output) as watch:
+    with resume_hint("run", output / CONFIG_FILE, "--resume", tracker=tracker), watching(tracker, output) as watch:
         result = run_config(config, watch=watch)
     print_result(result, as_json=as_json)
 

@@ -69,14 +69,16 @@ def check_directory(config: RunConfig, name: str, *, command: str, resume: bool)
 
 
 @contextmanager
-def resume_hint(command: str, config: Path, *flags: str) -> Iterator[None]:
+def resume_hint(command: str, config: Path, *flags: str, tracker: str | None = None) -> Iterator[None]:
     """Add the resume command to the error when a signal stops training; remove the directory if it is still empty.
 
     Args:
         command: `run`, `pretrain`, `compare` or `sweep`.
         config: Its configuration, in its directory.
         flags: Further words of the command.
+        tracker: The tracker that follows; its curves are to go on.
     """
+    flags += ("--tracker", tracker) if tracker else ()
     try:
         yield
     except Stopped as error:

@@ -99,7 +99,7 @@ def _run(config: SweepConfig, *, as_json: bool, tracker: str | None, executor: s
 
     output = config.output or RUNS / sweep_name(config)
     flags = () if executor == "serial" else ("--executor", executor)
-    with resume_hint("sweep", output / CONFIG_FILE, *flags), watching(tracker, output) as watch:
+    with resume_hint("sweep", output / CONFIG_FILE, *flags, tracker=tracker), watching(tracker, output) as watch:
         table = sweep_config(config.model_copy(update={"output": output}), executor=executor, watch=watch)
     if as_json:
         print_json(table.model_dump(mode="json"))

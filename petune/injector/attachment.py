@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.adapters.format import check_plain
 from petune.adapters.reference_logits import reference_logits
 from petune.base.arguments import Number, PathText, check_arguments
 from petune.base.errors import AttachError
@@ -244,7 +245,7 @@ class Attachment:
 
         Raises:
             AttachError: It was detached or merged, or the model has other tensors now, see `parameters`.
-            UsageError: `path` is a file, or a directory that holds something else.
+            UsageError: `path` is a file, or a directory that holds something else; or `metadata` is not plain.
             CheckpointError: It cannot be written.
         """
         self._check_attached()
@@ -253,6 +254,7 @@ class Attachment:
             self.tensors.check_left_head(self.name)
         warn_of_changed(self.model, self.sites)
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
+        check_plain(metadata or {})
         outputs = recorded_outputs(self.reference_logits(), self.model, self.sites, self.edit_log, self.disabled())
         config = {**self.describe(), "reference_logits": outputs, "metadata": dict(metadata or {})}
         write(path, config, self.counts, self.file_state(), self.tuner.to_external(self.state()))

@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import petune as public
+from petune.backbones.create import create_backbone
 from petune.base.errors import ExportError
 from petune.serving.export.onnx_format import onnx_file
 from petune.serving.export.torch_format import find_pickles, torch_file
 from petune.serving.export.traced import OutputCheck
 from petune.sites.input_spec import InputSpec
 from tests.sampling import sampled
-from tests.trained import CLASSES, changed, saved_run
+from tests.trained import CLASSES, card, changed, saved_run
 
 Run = Callable[..., Any]
 SPEC = InputSpec.of_size((3, 4, 4))
@@ -133,6 +134,22 @@ def test_plain_weights_can_start_another_run(petune: Run, tiny: tuple[str, ...],
         "run", "--method", "linear", *tiny, "--weights=plain.safetensors", "--set=backbone_options.depth=1", "--dry-run"
     )
     assert again.code == 0, again.err
+
+
+def test_weights_that_two_blocks_share_are_written_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tied_blocks.py").write_text(
+        f"import timm\n\ndef build(num_classes):\n    options = {{**{SHAPE}, 'depth': 2, 'num_classes': num_classes}}\n"
+        "    model = timm.create_model('vit_tiny_patch16_224', **options)\n"
+        "    model.blocks[1].mlp = model.blocks[0].mlp\n    return model\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = create_backbone("tied_blocks:build", weights="none", num_classes=3)
+    att = public.attach(made.model, "bitfit")
+    att.save(tmp_path / "a", metadata=card(made, "tied_blocks:build", {}))
+    public.export(tmp_path / "a", tmp_path / "plain.safetensors", trust_remote_code=True)
+    written = load_file(tmp_path / "plain.safetensors")
+    assert torch.equal(written["blocks.0.mlp.fc1.weight"], written["blocks.1.mlp.fc1.weight"])
+    assert written.keys() == att.model.state_dict().keys()
 
 
 @pytest.mark.exhaustive

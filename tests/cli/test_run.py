@@ -239,6 +239,14 @@ def test_a_run_that_has_saved_nothing_is_not_to_be_resumed(tmp_path: Path) -> No
     assert "without --resume" in caught.value.cli_hint
 
 
+def test_the_tracker_goes_on_in_a_resumed_run(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.touch()
+    with pytest.raises(Stopped) as caught, resume_hint("run", config, "--resume", tracker="tensorboard"):
+        raise Stopped("stopped by SIGTERM")
+    assert str(caught.value.cli_hint).endswith("--resume --tracker tensorboard")
+
+
 def test_an_unreachable_hub_is_reported_before_timm_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom petune.cli.main import main\ntry:\n"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -202,6 +203,9 @@ def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
 def test_metadata_of_any_kind_loads_and_what_fails_is_taken_off_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(UsageError, match=r"metadata\['top1'\] cannot be saved as JSON"):
+        trained().save(tmp_path / "a", metadata={"classes": ["x"], "top1": np.float32(0.5)})
+    assert not (tmp_path / "a").exists()
     trained().save(tmp_path / "a", metadata={"backbone": "vit_tiny"})
     model = tiny()
     before = list(model.state_dict())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
@@ -161,8 +161,23 @@ def _convert(
         return *torch_file(model, check, info), None
     if format == "onnx":
         return onnx_file(model, check, info, images)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    return save_tensors(tensors, metadata={"petune": info}), check.difference(model, "the merged model"), None
+    return (
+        save_tensors(_own_tensors(model), metadata={"petune": info}),
+        check.difference(model, "the merged model"),
+        None,
+    )
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a model on the CPU; what two keys share is copied, because a file holds it for each."""
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, tensor in model.state_dict().items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage().data_ptr()
+        tensors[key] = own.clone() if storage in storages else own
+        storages.add(storage)
+    return tensors
 
 
 def _info(
