@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import yaml
 
 from petune.base.errors import ConfigError
+
+MISREAD = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-9.]+)+|(?![\[{'\"]).*(?<!\S)#.*", re.DOTALL)
+"""What YAML 1.1 reads otherwise than it is meant: 010 as 8, 1:30 as 90, and text only up to a comment."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -51,7 +55,12 @@ def _keys_that_are_not_text(value: object) -> Iterator[object]:
 
 
 def parse_value(text: str) -> Any:
-    """Read one value as YAML would: `3` int, `1e-3` float, `true` bool, `[1, 2]` list, else text."""
+    """Read one value as YAML would: `3` int, `1e-3` float, `true` bool, `[1, 2]` list, else text.
+
+    `010`, `1:30` and `photos #2` are text: one line of the command line has no octal numbers, times or comments.
+    """
+    if MISREAD.fullmatch(text):
+        return text
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2026-13-45, 0x_
@@ -88,15 +97,18 @@ def parse_options(text: str, texts: Collection[str] = ()) -> dict[str, Any]:
         texts: Keys whose values are text, see `parse_text`.
 
     Raises:
-        ConfigError: An item has no `=` or no key.
+        ConfigError: An item has no `=` or no key, or a key comes twice.
     """
     options: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in split_items(text))):
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"not an option: {item!r}. Write options as key=value,key=value")
-        parse = parse_text if key.strip() in texts else parse_value
-        options[key.strip()] = parse(value.strip())
+        key = key.strip()
+        if key in options:
+            raise ConfigError(f"the option {key} is given twice in {text!r}. Leave one out")
+        parse = parse_text if key in texts else parse_value
+        options[key] = parse(value.strip())
     return options
 
 

@@ -145,6 +145,8 @@ def _build_from_name(method: str, options: dict[str, Any]) -> Tuner[Any]:
         known = cls.Config.model_fields
         option, suggestion = (kind, "") if kind in known else ("OPTION", did_you_mean(kind, known))
         raise ConfigError(f"options are written {family}:{option}=VALUE, but the method is {name!r}{suggestion}")
+    if colon and options.get("type", kind) != kind:
+        raise ConfigError(f"{name} already has the type {kind}, but type={options['type']} is given too. Leave one out")
     config = cls.Config.build({"type": kind, **options} if colon else options, f"the options of {name}")
     with plugin_errors(TUNERS, family, cls, "was made"):
         tuner = cls(config)

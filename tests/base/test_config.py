@@ -111,7 +111,8 @@ def test_yaml_round_trip(seed: int, lr: float, name: str | None, tmp_path_factor
 @pytest.mark.parametrize(
     ("text", "value"),
     [("3", 3), ("1e-3", 1e-3), ("0.5", 0.5), ("true", True), ("null", None), ("[1, 2]", [1, 2]),
-     ("a b", "a b"), ("[1,", "[1,"), ("", None)],
+     ("a b", "a b"), ("[1,", "[1,"), ("", None), ("0", 0), ("0x10", 16), ("010", "010"),
+     ("1:30", "1:30"), ("runs/lr #2", "runs/lr #2"), ("#2", "#2"), ("[1, '#2']", [1, "#2"])],
 )  # fmt: skip
 def test_override_values_are_read_with_their_types(text: str, value: object) -> None:
     read = parse_value(text)
@@ -156,6 +157,8 @@ def test_options_are_parsed() -> None:
     assert parse_options("a=[1,b=2") == {"a": "[1", "b": 2}
     with pytest.raises(ConfigError, match="not an option: 'deep'"):
         parse_options("deep")
+    with pytest.raises(ConfigError, match="the option r is given twice"):
+        parse_options("r=4, r =16")
 
 
 @pytest.mark.parametrize(

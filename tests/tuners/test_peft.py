@@ -186,6 +186,7 @@ def test_lora_changes_the_fused_weight_of_torch_attention(tmp_path: Path) -> Non
         ({"type": "vblora", "save_only_topk_weights": True}, "save_only_topk_weights"),
         ({"type": "lora", "modules_to_save": ["norm"]}, "the classifier trains anyway"),
         ({"type": "lora", "layers_to_transform": [0]}, "together with target_modules"),
+        ({"type": "lora", "targets": "attn", "target_modules": ["fc1"]}, "targets=attn and target_modules both choose"),
         ({"type": "lora", "task_type": "SEQ_CLS"}, "classify images"),
         ({"type": "oft", "r": 4, "oft_block_size": 8}, "refused by PEFT's OFTConfig: You can only"),
         *(({"type": kind}, REFUSED[kind][:30]) for kind in REFUSED),
@@ -194,6 +195,12 @@ def test_lora_changes_the_fused_weight_of_torch_attention(tmp_path: Path) -> Non
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         petune.attach(model(), "peft", **options)
+
+
+def test_a_second_type_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"peft:ia3 already has the type ia3, but type=lora is given too"):
+        build_tuner("peft:ia3,type=lora")
+    assert build_tuner("lora:targets=all,target_modules=[fc1]").config.targets == "all"  # as saved configs have it
 
 
 @pytest.mark.parametrize(

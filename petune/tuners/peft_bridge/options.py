@@ -59,7 +59,7 @@ class PeftConfig(petune.TunerConfig):
         type: PEFT's name of the type in lower case: `lora`, `ia3`, `oft`, …
         targets: The linear layers of every block that are wrapped: those of the attention, of the MLP, or both; or of
             the attention those that make queries, keys and values (`qkv`), or some of these, as `[q,v]`. LoRA changes
-            only the rows of these where one layer makes all three.
+            only the rows of these where one layer makes all three. PEFT's `target_modules` names layers instead.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -72,6 +72,10 @@ class PeftConfig(petune.TunerConfig):
         config_class = _config_class(self.type)
         _check_names(self.type, config_class, self.peft_options)
         _check_values(self.type, self.peft_options)
+        if self.targets != "all" and "target_modules" in self.peft_options:
+            raise petune.ConfigError(
+                f"targets={self.targets} and target_modules both choose the layers. Leave one of them out"
+            )
         try:
             config_class(**completed(self.type, self.peft_options))
         except (ValueError, TypeError) as error:
