@@ -74,10 +74,14 @@ def compare(
     """
     from petune.runner.compare_config import CompareConfig
 
+    own = {"methods": methods, "seeds": seeds, "datasets": dataset, "baseline": baseline}
+    _check_given_once(settings, own)
     settings = _with_dataset(settings, dataset)
     values = _values(settings, methods, seeds)
     if dataset:
         values["datasets"] = dataset if len(dataset) > 1 else ()
+    if values.get("datasets") and settings.assigned & {"dataset", "run.dataset"}:
+        raise UsageError("--set dataset has no effect on several datasets. Name all of them with --dataset")
     if baseline is not None:
         values["baseline"] = baseline
     config = CompareConfig.build(values, settings.source).completed()
@@ -177,12 +181,8 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
     from petune.runner.compare_config import CompareConfig
     from petune.runner.file_names import CONFIG_FILE, LOCK_FILE
 
-    unused = UNUSED & settings.assigned
-    if unused:
-        raise UsageError(
-            f"--set {min(unused)} has no effect in a comparison. Name methods as METHOD…, seeds with --seeds and the "
-            "directory with --output; a comparison always resumes"
-        )
+    advice = "Name methods as METHOD…, seeds with --seeds and the directory with --output; a comparison always resumes"
+    settings.check_no_effect(UNUSED, f"a comparison. {advice}")
     rates = [a.removeprefix(LR_PREFIX) for a in settings.assignments if a.startswith(LR_PREFIX) and "=" in a]
     others = tuple(a for a in settings.assignments if a.removeprefix(LR_PREFIX) not in rates)
     values = replace(settings, assignments=others).values(CompareConfig.model_fields.keys())
@@ -196,11 +196,21 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
     seed_list = settings.seeds(seeds)
     if seed_list is not None:
         values["seeds"] = seed_list
-    elif "seed" in settings.flags:
-        values["seeds"] = (settings.flags["seed"],)
+    elif "seed" in settings.flags or "seeds" not in values:
+        run = values.get("run")
+        values |= {"seeds": (run["seed"],)} if isinstance(run, dict) and "seed" in run else {}
     if not values.get("methods"):
         raise UsageError(f"no methods to compare. Name at least one, for example:\n  {EXAMPLE}")
     return values
+
+
+def _check_given_once(settings: Settings, own: dict[str, Any]) -> None:
+    """Check that --set gives none of the keys in `own` that the command's arguments and flags give."""
+    names = {"methods": "METHOD", "seeds": "--seeds", "datasets": "--dataset", "baseline": "--baseline"}
+    given = {key: name for key, name in names.items() if own[key]}
+    if "seed" in settings.flags:
+        given.setdefault("seeds", "--seed")
+    settings.check_given_once(given)
 
 
 def _parse_rates(assignments: list[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from petune.cli.running import (
     RUNS,
     check_directory,
     check_executor,
+    check_resumable,
     check_tracker,
     resume_hint,
     run_directory,
@@ -41,9 +42,12 @@ def run(
 
     The epoch is chosen on a validation split. The run directory holds config, metrics, result and adapter.
     """
+    from petune.runner.cross_validate import fold_runs
     from petune.runner.recipes import complete_run
     from petune.runner.run_config import RunConfig
 
+    if folds is not None:
+        settings.check_given_once({"folds": "--folds"})
     values = settings.values() if folds is None else {**settings.values(), "folds": folds}
     config = complete_run(RunConfig.build(values, settings.source))
     seed_list = settings.seeds(seeds)
@@ -54,17 +58,22 @@ def run(
     executor = executor_of(None, jobs)
     if jobs is not None:
         check_executor(executor, tracker)
+    resume = "resume" in settings.flags
+    if resume and is_validation:
+        check_resumable(Path(str(fold_runs(config, seed_list)[0].output)))
+    elif resume and seed_list is not None:
+        check_resumable(_comparison(config, seed_list).directory)
     if dry_run:
         from petune.cli.dry_run import print_dry_run
 
-        runs = _planned_runs(config, seed_list, is_validation, resume="resume" in settings.flags)
+        runs = _planned_runs(config, seed_list, is_validation, resume=resume)
         print_dry_run(config, (config.method,), as_json=json, runs=runs)
     elif is_validation:
         _run_folds(config, seed_list, json, tracker)
     elif seed_list is not None:
         _run_seeds(config, seed_list, json, tracker, executor)
     else:
-        _run_once(config, json, tracker, resume="resume" in settings.flags)
+        _run_once(config, json, tracker, resume=resume)
 
 
 def print_result(result: RunResult, *, as_json: bool) -> None:

@@ -33,22 +33,38 @@ def run_directory(config: RunConfig, name: str, *, resume: bool) -> Path:
     Raises:
         UsageError: There is no run to resume.
     """
-    from petune.runner.file_names import CONFIG_FILE
     from petune.runner.run_dir import latest_path, make_unique_dir
 
     if config.output is not None:
-        if resume and not (config.output / CONFIG_FILE).is_file():
-            raise UsageError(
-                f"nothing to resume in {config.output}. Start without --resume; for jobs that may be requeued use "
-                "--set resume=true"
-            )
+        if resume:
+            check_resumable(config.output)
         return config.output
     if not config.resume:
         return make_unique_dir(RUNS / name)
     latest = latest_path(RUNS / name)
+    if latest is None and not resume:
+        return make_unique_dir(RUNS / name)
     if latest is None:
         raise UsageError(f"nothing to resume: there is no {RUNS / name}. Name the run's directory with --output")
     return latest
+
+
+def check_resumable(directory: Path) -> None:
+    """Check that a directory has something that `--resume` can continue.
+
+    Args:
+        directory: That of a run, or of several runs with a configuration of their own.
+
+    Raises:
+        UsageError: It has no configuration.
+    """
+    from petune.runner.file_names import CONFIG_FILE
+
+    if not (directory / CONFIG_FILE).is_file():
+        raise UsageError(
+            f"nothing to resume in {directory}. Start without --resume; for jobs that may be requeued use "
+            "--set resume=true"
+        )
 
 
 def check_directory(config: RunConfig, name: str, *, command: str, resume: bool) -> None:

@@ -35,6 +35,10 @@ class Settings:
         Args:
             own_keys: The keys of a configuration of several runs, where all other keys belong to the section `run`;
                 None for the configuration of one run.
+
+        Raises:
+            UsageError: The file gives a key twice, or a key goes through a value that has no keys.
+            ConfigError: The file cannot be read, or a --set is malformed.
         """
         from petune.base.yaml_values import override
         from petune.runner.migrations import read_config
@@ -45,7 +49,9 @@ class Settings:
         values: dict[str, Any] = {}
         if self.config is not None:
             for key, value in read_config(user_path(self.config)).items():
-                _insert(values, nested(key), value)
+                inserted: dict[str, Any] = {}
+                _insert(inserted, nested(key), value)
+                _merge(values, inserted, self.config)
         for key, value in self.flags.items():
             _insert(values, nested(key), value)
         return override(values, [nested(assignment) for assignment in self.assignments])
@@ -73,6 +79,33 @@ class Settings:
         if "seed" in self.flags or "seed" in self.assigned:
             raise UsageError("give --seed for one run or --seeds for several, not both")
         return parse_seeds(text)
+
+    def check_given_once(self, given: Mapping[str, str]) -> None:
+        """Check that --set gives no key that an argument or flag of the command gives too.
+
+        Args:
+            given: The argument or flag that gives each key, as `{"trials": "--trials"}`.
+
+        Raises:
+            UsageError: A key is given twice.
+        """
+        for key, name in given.items():
+            if key in self.assigned:
+                raise UsageError(f"{name} and --set {key} are both given. Leave one out")
+
+    def check_no_effect(self, keys: Collection[str], advice: str) -> None:
+        """Check that --set gives no key that the command sets itself.
+
+        Args:
+            keys: Such keys.
+            advice: Which command it is and what to do, for the message.
+
+        Raises:
+            UsageError: --set gives one.
+        """
+        unused = self.assigned.intersection(keys)
+        if unused:
+            raise UsageError(f"--set {min(unused)} has no effect in {advice}")
 
     @property
     def assigned(self) -> set[str]:
@@ -159,3 +192,17 @@ def _insert(values: dict[str, Any], path: str, value: Any) -> None:
         values[key] = dict(section or {})
         values = values[key]
     values[last] = value
+
+
+def _merge(values: dict[str, Any], given: Mapping[str, Any], file: Path, above: str = "") -> None:
+    """Add values of a file: sections merge, as `train:` and `run.train:` of a comparison do; other keys come once."""
+    for key, value in given.items():
+        old = values.get(key)
+        is_section = isinstance(old, Mapping | None) and isinstance(value, Mapping | None)
+        if key in values and not (is_section and (old or value)):
+            raise UsageError(f"{file} gives {above}{key} twice: {old!r} and {value!r}. Remove one of them")
+        if isinstance(old, Mapping):
+            values[key] = dict(old)
+            _merge(values[key], value or {}, file, f"{above}{key}.")
+        else:
+            values[key] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,6 +47,8 @@ ParallelTrials = Annotated[
 NoTest = Annotated[bool, typer.Option("--no-test", help="Do not test the best trial.")]
 OPTIONAL_COLUMNS = ("time", "epoch", "tuned")
 """Columns hidden on a narrow terminal."""
+UNUSED = {"resume", "run.output", "run.resume"}
+"""Keys that a sweep sets itself, for every trial."""
 EXAMPLE = "petune sweep adaptformer --search bottleneck=16,64 --search train.lr=1e-4..1e-2:log"
 
 
@@ -141,6 +144,8 @@ def _values(settings: Settings, method: str | None, own: dict[str, Any]) -> dict
     from petune.runner.file_names import CONFIG_FILE, SWEEP_TABLE
     from petune.runner.sweep.sweep_config import SweepConfig
 
+    settings.check_no_effect(UNUSED, "a sweep. Name the directory with --output; a sweep always resumes")
+    settings.check_given_once(_given(method, own))
     values = settings.values(SweepConfig.model_fields.keys())
     directory = settings.config_directory(CONFIG_FILE, SWEEP_TABLE)
     if directory is not None:
@@ -152,7 +157,31 @@ def _values(settings: Settings, method: str | None, own: dict[str, Any]) -> dict
     values |= {key: value for key, value in own.items() if value not in (None, {})}
     if not values.get("search"):
         raise UsageError(f"nothing to search. Give at least one --search, for example:\n  {EXAMPLE}")
+    _check_searched_only(settings, method, values["search"])
     return values
+
+
+def _given(method: str | None, own: dict[str, Any]) -> dict[str, str]:
+    """Return the argument or flag that gives each key."""
+    given = dict.fromkeys(("method", "run.method"), "METHOD") if method is not None else {}
+    given |= {f"search.{key}": f"--search {key}" for key in own["search"]}
+    flags = {"search": "--search", "trials": "--trials", "parallel_trials": "--parallel-trials", "test": "--no-test"}
+    return given | {key: flag for key, flag in flags.items() if own[key] not in (None, {})}
+
+
+def _check_searched_only(settings: Settings, method: str | None, search: Collection[str]) -> None:
+    """Check that the command line gives no single value to a key that is searched.
+
+    Raises:
+        UsageError: It does.
+    """
+    from petune.injector.registry import parse_method
+    from petune.runner.sweep.sweep_config import TRAINING
+
+    given = settings.flags.keys() | {key.removeprefix("run.") for key in settings.assigned}
+    given = {key for key in given if key.startswith(TRAINING)} | (parse_method(method)[1].keys() if method else set())
+    for key in given.intersection(search):
+        raise UsageError(f"{key} is searched, but one value of it is given too. Leave that value or the search out")
 
 
 def _parse_searches(texts: list[str] | tuple[()]) -> dict[str, Any]:

@@ -195,6 +195,13 @@ def test_keys_of_a_run_go_to_the_section_run(petune: Run, tiny: Words, tmp_path:
     assert petune("compare", "--config", "compare.yaml", "--dry-run").out == done.out
 
 
+def test_the_seed_of_a_file_is_that_of_the_comparison(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 3\n")
+    words = ("compare", "linear", *tiny, "--config", "run.yaml", "--dry-run")
+    for more, seeds in (((), [3]), (("--seed=4",), [4]), (("--seeds=0,1",), [0, 1]), (("--set=seeds=[5]",), [5])):
+        assert yaml.safe_load(petune(*words, *more).out)["seeds"] == seeds
+
+
 def test_no_method_and_a_method_given_twice_are_refused(petune: Run, tiny: Words) -> None:
     none = petune("compare", *tiny)
     assert none.code == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -137,6 +139,37 @@ def test_a_key_below_a_plain_value_is_refused(tmp_path: Path) -> None:
         RunConfig.build(Settings(file, {}, ()).values())
 
 
+def test_sections_of_a_file_merge_wherever_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    own = {"methods", "run"}
+    merged = {"run": {"train": {"epochs": 3, "batch_size": 8, "lr": 0.1}, "backbone": "vit_nano"}}
+    parts = ["train: {epochs: 3}", "run: {backbone: vit_nano, train: {batch_size: 8}}", "train.lr: 0.1"]
+    for lines in permutations(parts):
+        file.write_text("\n".join(lines))
+        assert Settings(file, {}, ()).values(own) == merged
+    assert Settings(file, {"train.epochs": 4}, ("train.lr=1",)).values(own)["run"]["train"] == {
+        "epochs": 4,
+        "batch_size": 8,
+        "lr": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("lines", "key"),
+    [
+        (("train: {epochs: 3}", "run: {train: {epochs: 4}}"), "run.train.epochs"),
+        (("run: {seed: 1}", "seed: 2"), "run.seed"),
+        (("train.lr: 0.1", "train: {lr: 0.2}"), "run.train.lr"),
+        (("train: 3", "train.lr: 0.1"), "run.train"),
+    ],
+)
+def test_two_values_of_one_key_of_a_file_are_refused(lines: tuple[str, ...], key: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("\n".join(lines))
+    with pytest.raises(UsageError, match=rf"a\.yaml gives {re.escape(key)} twice"):
+        Settings(file, {}, ()).values({"methods", "run"})
+
+
 def test_seeds_are_parsed() -> None:
     assert parse_seeds("0,1, 2") == (0, 1, 2)
 
@@ -158,6 +191,24 @@ COMPARE, SWEEP = ("compare", "linear", "--dry-run"), ("sweep", "adaptformer", "-
         ((*COMPARE, "--jobs=2", "--executor=serial"), "--executor serial is given too"),
         ((*COMPARE, "--executor=banana"), "no such executor: banana"),
         ((*SWEEP, "--search=bottleneck=2", "--executor=banana"), "no such executor: banana"),
+        ((*COMPARE, "--seeds=0,1", "--set=seeds=[4]"), "--seeds and --set seeds are both given"),
+        ((*COMPARE, "--seed=1", "--set=seeds=[4]"), "--seed and --set seeds are both given"),
+        ((*COMPARE, "--set=methods=[full]"), "METHOD and --set methods are both given"),
+        ((*COMPARE, "--set=datasets=[digits]"), "--dataset and --set datasets are both given"),
+        ((*COMPARE, "--dataset=shapes", "--set=dataset=cifar100"), "--set dataset has no effect on several datasets"),
+        ((*COMPARE, "--baseline=linear", "--set=baseline=null"), "--baseline and --set baseline are both given"),
+        ((*SWEEP, "--search=bottleneck=2", "--set=method=bitfit"), "METHOD and --set method are both given"),
+        ((*SWEEP, "--search=bottleneck=2", "--trials=5", "--set=trials=7"), "--trials and --set trials are both given"),
+        ((*SWEEP, "--search=bottleneck=2", "--no-test", "--set=test=true"), "--no-test and --set test are both given"),
+        ((*SWEEP, "--search=bottleneck=2", "--set=run.output=x"), "--set run.output has no effect in a sweep"),
+        ((*SWEEP, "--search=bottleneck=2", "--set=resume=true"), "--set resume has no effect in a sweep"),
+        ((*SWEEP, "--search=train.lr=.1,.2", "--lr=0.5"), "train.lr is searched, but one value of it is given too"),
+        ((*SWEEP, "--search=train.lr=.1,.2", "--set=run.train.lr=1"), "train.lr is searched, but one value"),
+        (("sweep", "vpt:deep=false", "--search=deep=true", "--dry-run"), "deep is searched, but one value"),
+        (("run", "--dry-run", "--folds=3", "--set=folds=2"), "--folds and --set folds are both given"),
+        (("run", "--dry-run", "--seeds=0,1", "--resume", "--output=fresh"), "nothing to resume in fresh"),
+        (("run", "--dry-run", "--folds=2", "--resume", "--output=fresh"), "nothing to resume in fresh/fold-1"),
+        (("run", "--dry-run", "--method=lora:r=4,r=16"), "the option r is given twice"),
         (("pretrain", "--dry-run", "--set=method=linear"), "linear"),
         (("pretrain", "--dry-run", "--set=mean=[.9,.9,.9]"), "mean is given without std"),
     ],

@@ -90,7 +90,9 @@ def test_resume_without_output_takes_the_latest_of_the_name(petune: Run, tiny: W
     refused = petune(*words, "--resume")
     assert refused.code == 2
     assert "nothing to resume: there is no runs/linear-vit_nano-digits-seed0" in refused.err
-    petune(*words)
+    first = petune(*words, "--set=resume=true")  # a job that may be requeued starts so
+    assert first.code == 0, first.err
+    assert petune(*words, "--set=resume=true").out == first.out
     second = petune(*words)
     assert json.loads(second.out)["output"].endswith("-2")
     assert petune(*words, "--resume").out == second.out
