@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-DENSE_BF16_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
-"""Peak rate of dense bfloat16 products in the vendor's datasheet, by what the card's name contains."""
+DENSE_BF16_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100 80GB HBM3": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
+"""Peak rate of dense bfloat16 products in the vendor's datasheet, by words of the card's name; others are not known."""
 
 
 def describe_card(device: torch.device) -> dict[str, Any]:
@@ -21,9 +21,15 @@ def describe_card(device: torch.device) -> dict[str, Any]:
         "name": properties.name,
         "driver": _driver(),
         "memory_bytes": properties.total_memory,
-        "peak_tflops": next((rate for name, rate in DENSE_BF16_TFLOPS.items() if name in properties.name), None),
+        "peak_tflops": peak_tflops(properties.name),
         "cuda": torch.version.cuda,
     }
+
+
+def peak_tflops(card: str) -> float | None:
+    """Return the peak rate of a card by its name, in which `L4` is a word and `L40` another one."""
+    words = f" {card.replace('-', ' ')} "
+    return next((rate for name, rate in DENSE_BF16_TFLOPS.items() if f" {name} " in words), None)
 
 
 def commit_of(result: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import gpu_page
 import pytest
 import seed_on_gpu_page
 import torch
-from card import describe_card
+from card import describe_card, peak_tflops
 from gpu_steps import GPU_SIZES, STEPS, peft_lora
 from pieces import join_pieces, write_pieces
 from seed_plan import MARGIN, STAGES, Rate, epochs_left, plan_epochs
@@ -151,3 +151,8 @@ def test_the_study_is_stopped_killed_resumed_and_shown(tmp_path: Path) -> None:
     }
     assert all(record["result"]["metrics"]["top1"] > 30 for record in stages.values())
     assert "not yet" not in "\n".join(seed_on_gpu_page.section(result))
+
+
+def test_the_peak_of_a_card_is_found_by_whole_words() -> None:
+    names = ("NVIDIA L4", "NVIDIA L40", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB")
+    assert [peak_tflops(name) for name in names] == [121.0, None, 989.0, None, 312.0]

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
@@ -42,6 +43,7 @@ def write_directory(path: Path, files: Mapping[str, bytes | Callable[[], bytes]]
     """
     entries: dict[str, dict[str, Any]] = {}
     temporary: Path | None = None
+    path = path.resolve() if path.is_symlink() else path  # what the link names is replaced, not the link
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
@@ -72,7 +74,8 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.new")
+    writer = f"{os.getpid()}-{threading.get_ident()}"  # two may write the same file at once
+    temporary = path.with_name(f".{path.name[:100]}.{writer}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_synced(temporary, content)

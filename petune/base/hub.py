@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,10 +176,14 @@ def _exists_on_hub(repo: str, name: str) -> bool:
 def _download_url(config: Any) -> Path:
     path = _cache_dir(config) / Path(config.url).name
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with urllib.request.urlopen(config.url, timeout=2 * TIMEOUT_S) as response, partial.open("wb") as file:
-        shutil.copyfileobj(response, file)
-    partial.replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:  # another process may do the same
+        partial = Path(folder) / path.name
+        with urllib.request.urlopen(config.url, timeout=2 * TIMEOUT_S) as response, partial.open("wb") as file:
+            shutil.copyfileobj(response, file)
+            wanted = int(response.headers.get("Content-Length") or file.tell())
+        if partial.stat().st_size != wanted:
+            raise OSError(f"the connection ended after {partial.stat().st_size:,} of {wanted:,} bytes")
+        partial.replace(path)
     return path
 
 

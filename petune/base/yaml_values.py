@@ -12,18 +12,34 @@ import yaml
 
 from petune.base.errors import ConfigError
 
+MERGE = "<<"
 MISREAD = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-9.]+)+|(?![\[{'\"]).*(?<!\S)#.*", re.DOTALL)
 """What YAML 1.1 reads otherwise than it is meant: 010 as 8, 1:30 as 90, and text only up to a comment."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads plain data (no objects, no code), and refuses a key that a mapping has twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        known = set[str]()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == MERGE:
+                continue
+            if key.value in known:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value} is there twice", key.start_mark)
+            known.add(key.value)
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with `safe_load` (no objects, no code).
+    """Read a YAML mapping of plain data.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or is not a mapping with text keys.
+        ConfigError: The file is missing, is not YAML, is not a mapping with text keys, or has a key twice.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read the config file {path}: {reason}. Check the path") from None

@@ -33,7 +33,7 @@ class SavedTraining:
     def of(cls, saved: SavedAdapter) -> SavedTraining:
         """Read what an adapter says."""
         keys = frozenset(key.removeprefix(FILE_PREFIX) for key in saved.tensors)
-        return cls(keys, frozenset(saved.config.get("left_fixed", ())))
+        return cls(keys, frozenset(saved.config.get("left_fixed") or ()))
 
 
 def fixed_parameters(

@@ -22,13 +22,15 @@ from petune.adapters.migrations import FORMAT, migrate
 from petune.adapters.peft_format import OWN_TYPE
 from petune.base.errors import PetuneError, UsageError
 from petune.base.files import write_manifest
-from petune.injector.attach import attach
+from petune.injector.attach import attach_tuner
 from petune.injector.attachment import Attachment
 from petune.injector.fits import check_fits
+from petune.injector.fixed_parameters import SavedTraining
 from petune.injector.load import fill
 from petune.injector.registry import build_tuner, load_tuner
 from petune.injector.renamed import with_current_keys
 from petune.injector.saved_sites import sites_as_saved
+from petune.sites.find import find_sites
 
 PREFIX = "base_model.model."
 NEEDED = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load", "_remove_adapter_name_from_key")
@@ -72,6 +74,7 @@ class PetuneConfig(PeftConfig):
         geometry, backbone_dtype, fingerprint, head_fingerprint, addresses, reference_logits: The backbone, see
             `Attachment.describe`.
         chosen_sites: Blocks and heads that the user has chosen; None for all.
+        left_fixed: Paths of parameters that the model's author had fixed, and that the method left; None for none.
         named_fingerprint, named_head_fingerprint: Those of a file up to format 3.
         metadata: Further plain data.
     """
@@ -84,6 +87,7 @@ class PetuneConfig(PeftConfig):
     version: str | None = None
     geometry: dict[str, Any] | None = None
     chosen_sites: dict[str, Any] | None = None
+    left_fixed: list[str] | None = None
     backbone_dtype: str | None = None
     fingerprint: str | None = None
     head_fingerprint: str | None = None
@@ -145,7 +149,15 @@ class PetuneModel(BaseTuner):
         try:
             tuner = build_tuner(config.tuner, **config.config)
             sites = None if self.attachments else sites_as_saved(model, config.geometry, config.chosen_sites or {})
-            attachment = attach(model, tuner, sites=sites, name=adapter_name, train_head=config.train_head)
+            attachment = attach_tuner(
+                model,
+                tuner,
+                sites=sites,
+                name=adapter_name,
+                train_head=config.train_head,
+                find=lambda: find_sites(model),
+                saved=SavedTraining(left_fixed=frozenset(config.left_fixed)) if config.left_fixed else None,
+            )
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             self._activate(active_before)

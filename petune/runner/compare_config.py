@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from petune.base.config import Config, UserPath
-from petune.base.errors import did_you_mean
+from petune.base.errors import ConfigError, did_you_mean
 from petune.data.registry import DatasetText
 from petune.runner.continued import complete_from_run
 from petune.runner.recipes import complete_from_recipe, with_recipe_options
@@ -92,6 +93,11 @@ class CompareConfig(Config):
         if run.recipe == DEFAULT_RECIPE or run.from_run is not None:
             return self.model_copy(update={"run": run})
         complete = {method: with_recipe_options(method, run.recipe) for method in self.methods}
+        for first, second in itertools.combinations(self.methods, 2):
+            if complete[first] == complete[second]:
+                raise ConfigError(
+                    f"with recipe={run.recipe}, {first} and {second} are one method. Leave out one of them"
+                )
         lrs = {complete[method]: lr for method, lr in self.lrs.items()}
         baseline = complete.get(self.baseline or "")
         return self.model_copy(

@@ -166,6 +166,8 @@ def test_options_are_parsed() -> None:
     [
         ("- 1\n", "Write a mapping"),
         ("a: [", "not valid YAML"),
+        ("a: 1\nb: {c: 1, d: 2, c: 3}", r"in line 2: the key c is there twice"),
+        ("train: {}\nseed: 1\ntrain: {}", r"in line 3: the key train is there twice"),
         ("!!python/object:os.system x", "not valid YAML"),
     ],
 )
@@ -174,6 +176,12 @@ def test_yaml_other_than_a_plain_mapping_is_refused(content: str, message: str, 
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_yaml(file)
+
+
+def test_a_merge_key_fills_in_what_a_mapping_leaves_open(tmp_path: Path) -> None:
+    # PyYAML 6.0.4 took y from a
+    (tmp_path / "c.yaml").write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, x: 4}\n")
+    assert read_yaml(tmp_path / "c.yaml")["c"] == {"x": 4, "y": 3}
 
 
 def test_a_missing_yaml_file_is_named(tmp_path: Path) -> None:

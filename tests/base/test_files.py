@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,29 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, monkeypatch
     replace_file(file, b"new")
     assert file.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_several_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    contents = [bytes([65 + number]) * 10_000 for number in range(4)]
+
+    def write(content: bytes) -> None:
+        for _ in range(20):
+            replace_file(tmp_path / "table.json", content)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, contents))
+    assert (tmp_path / "table.json").read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_link_to_a_directory_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
+    write_directory(tmp_path / "first", {"a": b"1", "b": b"2"})
+    (tmp_path / "latest").symlink_to("first", target_is_directory=True)
+    write_directory(tmp_path / "latest", {"a": b"3"})
+    assert (tmp_path / "latest").is_symlink()
+    assert (tmp_path / "first" / "a").read_bytes() == b"3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "latest"]
+    verify_directory(tmp_path / "first")
 
 
 def test_a_path_that_cannot_be_a_directory_is_an_error(tmp_path: Path) -> None:

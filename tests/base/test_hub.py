@@ -145,6 +145,19 @@ def test_a_file_at_a_url_is_downloaded_once(server: Hub, monkeypatch: pytest.Mon
         fetch_weights("vit", HubFile("", url=f"{server.url}/other.safetensors"))
 
 
+def test_a_file_at_a_url_that_is_cut_off_is_not_kept(
+    server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch"))
+    server.content, server.fault = b"x" * 100_000, "cut off"
+    file = HubFile("", url=f"{server.url}/vit.pth.tar")
+    with pytest.raises(WeightsUnavailable, match=r"ended after 50,000 of 100,000 bytes"):
+        fetch_weights("vit", file)
+    assert not list((tmp_path / "torch" / "checkpoints").iterdir())
+    server.fault = ""
+    assert fetch_weights("vit", file).stat().st_size == 100_000
+
+
 @pytest.mark.parametrize("content", [b"<html>a captive portal</html>", b"\xff" * 4096, b""])
 def test_a_download_with_wrong_bytes_is_an_error(content: bytes, server: Hub) -> None:
     server.content = content

@@ -232,3 +232,20 @@ def test_adapters_on_chosen_blocks_load_with_peft(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(tiny(), str(tmp_path))
     with torch.no_grad():
         assert torch.equal(theirs.eval()(X), att.model.eval()(X))
+
+
+@pytest.mark.filterwarnings("ignore:full leaves 1 parameter")
+def test_what_the_author_fixed_is_known_to_peft(tmp_path: Path) -> None:
+    model = tiny_models()["timm"]()
+    model.pos_embed.requires_grad_(False)
+    att = trained("full", model)
+    att.save(tmp_path / "a")
+    expected = logits(att.model)
+    for fixed, place in ((False, "b"), (True, "c")):
+        fresh = tiny_models()["timm"]()
+        fresh.pos_embed.requires_grad_(not fixed)
+        theirs = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "a"))
+        assert torch.equal(logits(theirs), expected)
+        theirs.save_pretrained(tmp_path / place)
+        again = petune.load(tiny_models()["timm"](), tmp_path / place)
+        assert torch.equal(logits(again.model), expected)

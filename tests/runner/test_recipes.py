@@ -50,6 +50,9 @@ def test_a_recipe_sets_options_of_the_method_that_are_left_open() -> None:
     assert complete.methods == ("linear", "adaptformer:bottleneck=8,dropout=0.0")
     assert (complete.lrs, complete.baseline) == ({complete.methods[1]: 0.3}, "linear")
     assert complete.completed() == complete
+    same = CompareConfig(methods=("adaptformer", "adaptformer:dropout=0.0"), run=RunConfig(recipe="video"))
+    with pytest.raises(ConfigError, match=r"adaptformer and adaptformer:dropout=0\.0 are one method"):
+        same.completed()
 
 
 def test_a_run_trains_with_it(tmp_path: Path) -> None:
