@@ -198,7 +198,8 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
         values["seeds"] = seed_list
     elif "seed" in settings.flags or "seeds" not in values:
         run = values.get("run")
-        values |= {"seeds": (run["seed"],)} if isinstance(run, dict) and "seed" in run else {}
+        if isinstance(run, dict) and "seed" in run:
+            values["seeds"] = (run["seed"],)
     if not values.get("methods"):
         raise UsageError(f"no methods to compare. Name at least one, for example:\n  {EXAMPLE}")
     return values

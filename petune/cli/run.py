@@ -42,7 +42,6 @@ def run(
 
     The epoch is chosen on a validation split. The run directory holds config, metrics, result and adapter.
     """
-    from petune.runner.cross_validate import fold_runs
     from petune.runner.recipes import complete_run
     from petune.runner.run_config import RunConfig
 
@@ -59,10 +58,8 @@ def run(
     if jobs is not None:
         check_executor(executor, tracker)
     resume = "resume" in settings.flags
-    if resume and is_validation:
-        check_resumable(Path(str(fold_runs(config, seed_list)[0].output)))
-    elif resume and seed_list is not None:
-        check_resumable(_comparison(config, seed_list).directory)
+    if resume:
+        _check_several_resumable(config, seed_list, is_validation)
     if dry_run:
         from petune.cli.dry_run import print_dry_run
 
@@ -114,6 +111,16 @@ def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, tracker
     from petune.cli.compare import run_comparison
 
     run_comparison(_comparison(config, seeds), as_json=as_json, tracker=tracker, executor=executor)
+
+
+def _check_several_resumable(config: RunConfig, seeds: tuple[int, ...] | None, is_validation: bool) -> None:
+    """Check that there are runs of --folds or --seeds to resume; `run_directory` checks a single run."""
+    from petune.runner.cross_validate import fold_runs
+
+    if is_validation:
+        check_resumable(Path(str(fold_runs(config, seeds)[0].output)))
+    elif seeds is not None:
+        check_resumable(_comparison(config, seeds).directory)
 
 
 def _comparison(config: RunConfig, seeds: tuple[int, ...]) -> CompareConfig:

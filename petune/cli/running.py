@@ -77,9 +77,10 @@ def check_directory(config: RunConfig, name: str, *, command: str, resume: bool)
     Raises:
         UsageError: It cannot.
     """
-    from petune.runner.run_dir import check_run_dir
+    from petune.runner.run_dir import check_run_dir, latest_path
 
-    if config.output is not None or resume:
+    is_new = config.output is None and not (config.resume and latest_path(RUNS / name))
+    if resume or not is_new:
         path = run_directory(config, name, resume=resume)
         check_run_dir(path, config, resume=config.resume, command=command)
 

@@ -93,6 +93,8 @@ def test_resume_without_output_takes_the_latest_of_the_name(petune: Run, tiny: W
     first = petune(*words, "--set=resume=true")  # a job that may be requeued starts so
     assert first.code == 0, first.err
     assert petune(*words, "--set=resume=true").out == first.out
+    other = petune(*words, "--set=resume=true", "--epochs=2", "--dry-run")
+    assert (other.code, "train.epochs: 1 before, 2 now" in other.err) == (2, True)
     second = petune(*words)
     assert json.loads(second.out)["output"].endswith("-2")
     assert petune(*words, "--resume").out == second.out
@@ -121,6 +123,7 @@ def test_seeds_give_mean_and_deviation(petune: Run, tiny: Words, plain: Callable
     assert "±" in row
     assert (tmp_path / "runs" / "linear-vit_nano-digits-seeds" / "compare.json").exists()
     assert "[2/2] linear, seed 1" in done.err
+    assert petune("run", "--method", "linear", *tiny, "--seeds", "0,1", "--resume").out == done.out
 
 
 def test_jobs_are_for_several_seeds(petune: Run, tiny: Words) -> None:
