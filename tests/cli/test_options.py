@@ -225,9 +225,9 @@ def test_paths_expand_the_home_directory(petune: Run, tmp_path: Path, monkeypatc
     (tmp_path / "a.yaml").write_text("output: ~/y\ndata_dir: ~/data\n")
     shown = yaml.safe_load(petune("run", "--config", "~/a.yaml", "--backbone=vit_nano", "--dry-run").out)
     assert (shown["output"], shown["data_dir"]) == (f"{tmp_path}/y", f"{tmp_path}/data")
-    words = ("run", "--output=~/x", "--weights=~/none.safetensors", "--backbone=vit_nano", "--dataset=digits")
+    words = ("run", "--output=~/x", "--backbone=vit_nano", "--dataset=digits")
     assert yaml.safe_load(petune(*words, "--dry-run").out)["output"] == f"{tmp_path}/x"
-    assert f"{tmp_path}/none.safetensors" in petune(*words).err
+    assert f"{tmp_path}/none.safetensors" in petune(*words, "--weights=~/none.safetensors").err
     (tmp_path / "here").mkdir()
     assert petune("plugin", "new", "mine", "--in", "~/here").code == 0
     assert (tmp_path / "here" / "petune-mine" / "pyproject.toml").is_file()
