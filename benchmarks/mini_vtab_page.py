@@ -103,8 +103,10 @@ def section(pieces: Sequence[str], results: Results) -> list[str]:
     """Return the lines for docs/results.md."""
     table = read_table(pieces, results)
     if table is None:
-        done = [piece for piece in pieces if piece in results]
-        return [f"**{len(done)} of {plural(len(pieces), 'dataset')} measured so far**; the heat map needs all.", ""]
+        rows = {piece.removeprefix(f"{SUITE}-"): len(results[piece]["rows"]) for piece in pieces if piece in results}
+        methods = ", ".join(f"{name} with {plural(count, 'method')}" for name, count in rows.items()) or "none"
+        total = plural(len(pieces), "dataset")
+        return [f"**{len(rows)} of {total} measured so far** ({methods}); the heat map needs all.", ""]
     header = ("method", "mean rank", "mean top-1", *table.datasets, "% of backbone", "step")
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for method in table.ranked:
