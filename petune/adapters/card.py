@@ -19,6 +19,7 @@ from petune.adapters.card_task import (
     target_kind,
     target_names,
 )
+from petune.adapters.format import OLD_SPLIT_OPTIONS, SPLIT_OPTIONS
 from petune.base.errors import ConfigError
 from petune.base.metric import Metric, shown_metrics
 from petune.base.text import escape_markdown, hide_folders, printable
@@ -30,8 +31,6 @@ TEMPLATES = Path(__file__).parent
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 HUB_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-amlr", "apple-ascl", "gemma"}
 """Licenses of timm's weights that the Hugging Face Hub knows by the same name."""
-SPLIT_OPTIONS = {"split_options", "val_split"}
-"""Keys of the options that chose the images of a run; see `petune.runner.split_options`."""
 WEIGHTS = {"weights", "weights_option"}
 MAX_CLASSES = 20
 """More class names than these are only counted."""
@@ -133,7 +132,7 @@ def public_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     shown = dict(metadata)
     if isinstance(shown.get("dataset"), str):
         shown["dataset"] = hide_folders(shown["dataset"])
-    for key in SPLIT_OPTIONS & shown.keys():
+    for key in {SPLIT_OPTIONS, OLD_SPLIT_OPTIONS} & shown.keys():
         options = shown[key]
         if isinstance(options, Mapping) and isinstance(options.get("dataset"), str):
             shown[key] = {**options, "dataset": hide_folders(options["dataset"])}

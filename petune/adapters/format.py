@@ -24,6 +24,8 @@ from petune.sites.sites import Sites
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+SPLIT_OPTIONS, OLD_SPLIT_OPTIONS = "split_options", "val_split"
+"""Keys of the metadata, the second an older one: what chose a run's images, see `petune.runner.split_options`."""
 REQUIRED = {"tuner", "config", "train_head", "geometry", "fingerprint", "metadata"}
 
 

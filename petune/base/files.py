@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any
@@ -85,6 +85,20 @@ def replace_file(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a place to write a file to, which becomes `path` at the end; on an error or a kill, `path` gets no part.
+
+    Raises:
+        OSError: The folder of `path` is not writable.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:  # another process may do the same
+        temporary = Path(folder) / path.name
+        yield temporary
+        temporary.replace(path)
 
 
 def append(path: Path, content: bytes) -> int:

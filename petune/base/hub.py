@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError, safe_open
 
 from petune.base.errors import WeightsUnavailable
+from petune.base.files import whole_file
 from petune.base.network import reachable
 
 FILE_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
@@ -175,15 +175,12 @@ def _exists_on_hub(repo: str, name: str) -> bool:
 
 def _download_url(config: Any) -> Path:
     path = _cache_dir(config) / Path(config.url).name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:  # another process may do the same
-        partial = Path(folder) / path.name
+    with whole_file(path) as partial:
         with urllib.request.urlopen(config.url, timeout=2 * TIMEOUT_S) as response, partial.open("wb") as file:
             shutil.copyfileobj(response, file)
             wanted = int(response.headers.get("Content-Length") or file.tell())
         if partial.stat().st_size != wanted:
             raise OSError(f"the connection ended after {partial.stat().st_size:,} of {wanted:,} bytes")
-        partial.replace(path)
     return path
 
 

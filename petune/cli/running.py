@@ -39,14 +39,10 @@ def run_directory(config: RunConfig, name: str, *, resume: bool) -> Path:
         if resume:
             check_resumable(config.output)
         return config.output
-    if not config.resume:
-        return make_unique_dir(RUNS / name)
-    latest = latest_path(RUNS / name)
-    if latest is None and not resume:
-        return make_unique_dir(RUNS / name)
-    if latest is None:
+    latest = latest_path(RUNS / name) if config.resume else None
+    if latest is None and resume:
         raise UsageError(f"nothing to resume: there is no {RUNS / name}. Name the run's directory with --output")
-    return latest
+    return latest or make_unique_dir(RUNS / name)
 
 
 def check_resumable(directory: Path) -> None:

@@ -6,13 +6,13 @@ import gzip
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from petune.base.errors import DataError
+from petune.base.files import whole_file
 from petune.base.network import reachable
 from petune.data.cache import alone, cache_dir, file_key
 from petune.data.find_images import size_and_time
@@ -154,11 +154,9 @@ def _unpacked(name: str, folder: Path) -> Path:
 
 def _unpack(source: Path, target: Path) -> None:
     """Copy a file, unpacked; a process that is killed leaves none of its name."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
-        temporary = Path(folder) / target.name
-        with gzip.open(source) if source.suffix == ".gz" else source.open("rb") as packed, temporary.open("wb") as file:
-            shutil.copyfileobj(packed, file)
-        temporary.replace(target)
+    opened = gzip.open if source.suffix == ".gz" else open
+    with whole_file(target) as temporary, opened(source, "rb") as packed, temporary.open("wb") as file:
+        shutil.copyfileobj(packed, file)
 
 
 def _download(name: str, entry: Entry, data_dir: Path | None, splits: Splits) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from petune.adapters.format import SPLIT_OPTIONS
 from petune.backbones.create import Backbone
 from petune.backbones.weights import absolute_weights
 from petune.base.metric import SplitMetrics
@@ -18,7 +19,7 @@ from petune.runner.migrations import read_record
 from petune.runner.run_adapter import InitialValues
 from petune.runner.run_config import RunConfig
 from petune.runner.run_data import backbone_channels
-from petune.runner.split_options import SPLIT_OPTIONS, split_options
+from petune.runner.split_options import split_options
 from petune.runner.trained import Trained
 from petune.training.task_registry import describe_task
 

@@ -96,9 +96,11 @@ def earlier_runs(config: RunConfig) -> list[tuple[Path, RunConfig]]:
     """
     if config.from_run is None:
         return []
-    *before, _ = history(read_run_adapter(config.from_run))
-    paths = [config.from_run, *(Path(entry["path"]) for entry in reversed(before) if _is_unchanged(entry))]
-    configs = [(path, _config_at(path)) for path in paths]
+    start = read_run_adapter(config.from_run)
+    *before, _ = history(start)
+    paths = [Path(entry["path"]) for entry in reversed(before) if _is_unchanged(entry)]
+    every = [(config.from_run, start), *((path, read_run_adapter(path)) for path in paths)]
+    configs = [(path, _config_of(saved)) for path, saved in every]
     return [(path, found) for path, found in configs if found is not None]
 
 
@@ -108,9 +110,8 @@ def _is_unchanged(entry: Mapping[str, Any]) -> bool:
     return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == entry.get("sha256")
 
 
-def _config_at(path: Path) -> RunConfig | None:
-    """Return the configuration of a run that is named by itself or by its adapter; None if only the adapter is left."""
-    saved = read_run_adapter(path)
+def _config_of(saved: SavedAdapter) -> RunConfig | None:
+    """Return the configuration of the run that saved an adapter; None if only the adapter is left."""
     directory = run_dir_of(saved.path, saved.config["metadata"])
     if directory is None:
         return None

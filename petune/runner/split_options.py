@@ -1,4 +1,4 @@
-"""The options of a run that choose its val and test images, which its adapter records for the day it lies elsewhere."""
+"""The options of a run that choose its val and test images; its adapter records them, because it may be copied."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from petune.adapters.format import OLD_SPLIT_OPTIONS, SPLIT_OPTIONS
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.migrations import read_config
 from petune.runner.run_config import RunConfig
 
-SPLIT_OPTIONS = "split_options"
-"""Their key in an adapter's metadata. That of an average lacks the options in which its runs differ."""
-OLD_KEY = "val_split"
-"""Their key in averages and conversions of development versions."""
 TEST_KEYS = ("dataset", "folds", "fold", "on_broken", "channels")
 SPLIT_KEYS = (*TEST_KEYS, "val_fraction")
 """The seed of a run chooses neither val nor test."""
@@ -34,12 +31,12 @@ def read_split_options(metadata: Mapping[str, Any], run_dir: Path | None) -> dic
     if run_dir is not None:
         config = read_config(run_dir / CONFIG_FILE)
         return {key: config.get(key, RunConfig.model_fields[key].default) for key in SPLIT_KEYS}
-    recorded = metadata.get(SPLIT_OPTIONS, metadata.get(OLD_KEY))
+    recorded = metadata.get(SPLIT_OPTIONS, metadata.get(OLD_SPLIT_OPTIONS))
     return dict(recorded) if isinstance(recorded, Mapping) else None
 
 
 def shared_options(each: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """Return the options that several adapters have in common; None if those of one are not known."""
+    """Return the options that several adapters have in common, as an average records; None if one's are not known."""
     known = [options for options in each if options is not None]
     if len(known) < len(each):
         return None

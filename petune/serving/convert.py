@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.adapters.format import TENSOR_FILE, SavedAdapter, read_adapter
+from petune.adapters.format import SPLIT_OPTIONS, TENSOR_FILE, SavedAdapter, read_adapter
 from petune.adapters.lora_products import Factors, check_rank, factored
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
@@ -26,7 +26,7 @@ from petune.injector.load import attach_saved
 from petune.injector.merge import MAX_CHANGE, MAX_CHANGE_IN_HALF
 from petune.runner.continued import tensors_digest
 from petune.runner.run_adapter import find_adapter, read_run_adapter, run_dir_of
-from petune.runner.split_options import SPLIT_OPTIONS, read_split_options
+from petune.runner.split_options import read_split_options
 from petune.serving.average.ingredients import check_finite
 from petune.serving.average.record import OF_ONE_RUN, method_text
 from petune.serving.average.request import check_new

@@ -5,7 +5,6 @@ Legend: N images, S side in pixels.
 
 from __future__ import annotations
 
-import tempfile
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import ConfigError, DataError, MissingExtra, UnknownName
+from petune.base.files import whole_file
 from petune.base.network import reachable
 from petune.data.cache import Allocate, cache_dir, cached_split, file_key
 from petune.data.dataset import Dataset, Split, Target
@@ -112,10 +112,8 @@ class MedmnistReader(DatasetReader[MedmnistConfig]):
                 cli_hint="Name the directory with --data-dir",
             )
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:  # what is cut short is not found
-                download_url(url, new, self._file_name, info[f"MD5{flag}"])
-                (Path(new) / self._file_name).replace(folder / self._file_name)
+            with whole_file(folder / self._file_name) as file:
+                download_url(url, str(file.parent), file.name, info[f"MD5{flag}"])
         except (RuntimeError, OSError) as error:
             raise DataError(f"downloading {url} to {folder} failed: {error}") from None
         return folder / self._file_name

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from petune.adapters.format import OLD_SPLIT_OPTIONS, SPLIT_OPTIONS
 from petune.adapters.lora_products import RANK_OPTIONS, with_rank
 from petune.base.metric import Metric
 from petune.injector.registry import parse_method
-from petune.runner.split_options import OLD_KEY, SPLIT_OPTIONS, shared_options
+from petune.runner.split_options import shared_options
 from petune.serving.average.ingredients import Ingredient
 from petune.serving.average.soup import Mixture
 
 OF_ONE_RUN = (
-    "training", "test", "continued_from", "images", "averaged_from", "converted_from", SPLIT_OPTIONS, OLD_KEY
+    "training", "test", "continued_from", "images", "averaged_from", "converted_from", SPLIT_OPTIONS, OLD_SPLIT_OPTIONS
 )  # fmt: skip
 """Entries of the metadata of a run that are not true of an average."""
 
