@@ -15,15 +15,14 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return groups for any PyTorch optimizer.
 
-    Vectors and scalars get no weight decay, among them those that PEFT's methods write as a matrix of one row or
-    column (the factors of IA3, which start at 1).
+    Vectors and scalars get no weight decay.
 
     Args:
         parameters: By state_dict key.
         weight_decay: For the others.
         undecayed: Further keys without weight decay; see `undecayed_keys`.
     """
-    plain = {key for key, p in parameters.items() if key in undecayed or _is_vector(p)}
+    plain = {key for key, p in parameters.items() if key in undecayed or p.ndim <= 1}
     groups: list[dict[str, Any]] = [
         {"params": [p for key, p in parameters.items() if key not in plain], "weight_decay": weight_decay},
         {"params": [p for key, p in parameters.items() if key in plain], "weight_decay": 0.0},
@@ -46,13 +45,23 @@ def groups_by_part(
 
 
 def undecayed_keys(model: nn.Module) -> set[str]:
-    """Return the keys of position embedding and class token: timm's `no_weight_decay()`, or by shape, (1, N, D)."""
+    """Return the keys of parameters that do not decay though they are no vectors.
+
+    These are position embedding and class token, by timm's `no_weight_decay()` or by shape, (1, N, D), and vectors that
+    are written as a matrix of one row or column: PEFT's IA3 has such factors, which start at 1. A layer's weight is a
+    matrix whatever its shape, for instance that of a regression to one number, (1, D), or LoRA's of rank 1.
+    """
+    return _embedding_keys(model) | {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim == 2 and 1 in p.shape and not isinstance(module, nn.Linear)
+    }
+
+
+def _embedding_keys(model: nn.Module) -> set[str]:
     no_weight_decay = getattr(model, "no_weight_decay", None)
     if callable(no_weight_decay):
         return set(no_weight_decay())
     added = added_to(model)
     return {key for key, p in model.named_parameters() if p.ndim == 3 and len(p) == 1 and id(p) not in added}
-
-
-def _is_vector(p: nn.Parameter) -> bool:
-    return p.ndim <= 1 or (p.ndim == 2 and 1 in p.shape)

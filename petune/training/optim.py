@@ -24,7 +24,7 @@ def create_optimizer(
     """Create an optimizer over exactly `parameters`.
 
     Args:
-        parameters: By name. With `decay_vectors` all get weight decay, else matrices only; see `param_groups`.
+        parameters: By name. With `decay_vectors` all get weight decay, else all but vectors; see `param_groups`.
         no_decay: Names of further parameters without weight decay; see `undecayed_keys`.
         config: With `lr`, `weight_decay` and `optimizer` filled in.
         lr_scales: Factor of the learning rate by name, which timm's schedules apply; None has one rate for all.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class ResumableState:
         """Continue from a checkpoint.
 
         Raises:
-            CheckpointError: It is of another model, method or dataset.
+            CheckpointError: It is of another model, method or dataset, or of another grouping of parameters.
         """
         tensors = self.tensors()
         if {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in checkpoint.tensors.items()}:
@@ -97,10 +97,19 @@ class ResumableState:
                 "modules since. Install the version that the run was started with, or use another run directory"
             )
         copy_tensors(checkpoint.tensors, tensors)
+        if _group_sizes(self.optimizer.state_dict()) != _group_sizes(checkpoint.optimizer):
+            raise CheckpointError(
+                "the run was started with a petune that applied weight decay to other parameters. Install that one, "
+                "or use another run directory"
+            )
         self.best = {key: tensor.to(tensors[key].device) for key, tensor in checkpoint.best.items()}
         self.average.load(checkpoint.average)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.progress = Progress(**checkpoint.progress)
+
+
+def _group_sizes(optimizer: Mapping[str, Any]) -> list[int]:
+    return [len(group["params"]) for group in optimizer["param_groups"]]
 
 
 def copy_tensors(sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:

@@ -210,3 +210,10 @@ def test_a_checkpoint_of_another_model_is_an_error(make_trainer: Make, toy: Make
     other.__post_init__()
     with pytest.raises(CheckpointError, match="another model, method or dataset"):
         make_trainer(other).fit()
+
+
+def test_a_checkpoint_with_other_parameter_groups_is_an_error(make_trainer: Make, toy: Make) -> None:
+    """The states of an optimizer belong to parameters by their place in the groups."""
+    make_trainer(toy(0)).fit()
+    with pytest.raises(CheckpointError, match="weight decay to other parameters"):
+        make_trainer(toy(0), decay_vectors=True).fit()

@@ -40,11 +40,40 @@ def test_only_matrices_decay_unless_the_model_exempts_them() -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(parameters)
 
 
+class _Factors(nn.Module):
+    """As PEFT's IA3 stores them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ia3_l = nn.Parameter(torch.ones(1, 6))
+        self.lora_E = nn.ParameterDict({"default": nn.Parameter(torch.ones(6, 1))})
+
+
 def test_vectors_stored_as_matrices_do_not_decay() -> None:
     """Factors of PEFT's IA3 start at 1: decay would pull what they multiply to zero."""
-    parameters = {"ia3_l": nn.Parameter(torch.ones(1, 6)), "lora_E": nn.Parameter(torch.ones(6, 1))}
-    (group,) = create_optimizer(parameters, set(), TRAIN).param_groups
+    model = _Factors()
+    (group,) = create_optimizer(dict(model.named_parameters()), undecayed_keys(model), TRAIN).param_groups
     assert group["weight_decay"] == 0
+
+
+def test_the_weight_of_a_regression_to_one_number_decays() -> None:
+    """Its shape, (1, D), is that of a vector; --weight-decay had no effect on it."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=1)
+    att = petune.attach(model, "linear")
+    decays = {key: group["weight_decay"] for group in att.param_groups(0.1) for key in _keys(att, group["params"])}
+    assert decays == {"head.weight": 0.1, "head.bias": 0}
+
+
+def test_lora_of_rank_1_decays_as_of_any_rank() -> None:
+    """Its matrices have one row or column."""
+    att = petune.attach(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2), "lora", r=1)
+    (undecayed,) = (group for group in att.param_groups(0.1) if not group["weight_decay"])
+    assert _keys(att, undecayed["params"]) == ["head.bias"]
+
+
+def _keys(att: petune.Attachment, parameters: list[nn.Parameter]) -> list[str]:
+    ids = {id(p) for p in parameters}
+    return [key for key, p in {**att.tuned, **att.head}.items() if id(p) in ids]
 
 
 def test_class_token_and_position_embedding_do_not_decay() -> None:
