@@ -57,6 +57,8 @@ def complete_from_run(config: Run, *, with_data: bool = True) -> Run:
     data = _data_options(saved) if with_data else {}
     if with_data and given.get("dataset", data["dataset"]) != data["dataset"]:
         data = _task_options(data, saved, config)
+    elif with_data:
+        _check_one_division(config.from_run, saved)
     _check_val(config.from_run, given, data)
     if saved.config["metadata"]["backbone"].get("channels") == 1:  # RGB images are converted for it
         data = {"channels": 1, **data}
@@ -71,6 +73,22 @@ def _task_options(data: Mapping[str, Any], saved: SavedAdapter, config: RunConfi
     kind = dataset_target(config.dataset, config.data_dir).kind
     is_same_kind = restore_task(saved.config["metadata"]).target_kind == kind
     return {"task": data["task"]} if is_same_kind and "task" in data else {}
+
+
+def _check_one_division(from_run: Path, saved: SavedAdapter) -> None:
+    """Check that the runs of an average divided their images in one way: otherwise some trained on the others' test.
+
+    Raises:
+        ConfigError: They had other folds, or other fractions of val.
+    """
+    recorded = read_split_options(saved.config["metadata"], run_dir_of(saved.path, saved.config["metadata"]))
+    different = [key for key in ("fold", "folds", "val_fraction") if recorded is not None and key not in recorded]
+    if different:
+        raise ConfigError(
+            f"{from_run} averages runs of different {different[0]}, so each trained on val or test images of another. "
+            "Name another dataset, or average runs with the same images in each split",
+            cli_hint="Name another dataset with --dataset",
+        )
 
 
 def _check_val(from_run: Path, given: Mapping[str, Any], data: Mapping[str, Any]) -> None:
@@ -212,8 +230,7 @@ def _data_options(saved: SavedAdapter) -> dict[str, Any]:
     directory = run_dir_of(saved.path, metadata)
     if directory is None:
         recorded = read_split_options(metadata, None) or {}
-        divided = {"folds", "fold"} if {"folds", "fold"} <= recorded.keys() else set()
-        kept = {key: recorded[key] for key in {"val_fraction", "on_broken", *divided} & recorded.keys()}
+        kept = {key: recorded[key] for key in {"val_fraction", "on_broken", "folds", "fold"} & recorded.keys()}
         return {**kept, "dataset": metadata.get("dataset")}
     stored = read_config(directory / CONFIG_FILE)
     return {key: stored[key] for key in DATA_KEYS if key in stored}

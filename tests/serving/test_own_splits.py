@@ -68,6 +68,19 @@ def test_folds_have_no_test_images_in_common(runs: Path, tmp_path: Path) -> None
         petune.evaluate(tmp_path / "soup", device="cpu")
 
 
+@pytest.mark.parametrize(("first", "second"), [("fold1", "fold2"), ("small", "large")])
+def test_an_average_over_divisions_is_continued_on_other_images_only(
+    runs: Path, tmp_path: Path, first: str, second: str
+) -> None:
+    """Each of its runs trained on val or test images of the other."""
+    petune.average_adapters([runs / first, runs / second], tmp_path / "soup")
+    go_on: dict[str, Any] = {"from_run": tmp_path / "soup", "device": "cpu", "train": TINY["train"]}
+    with pytest.raises(petune.ConfigError, match="averages runs of different fold|of different val_fraction"):
+        petune.run(**go_on, output=tmp_path / "same")
+    shutil.copytree(runs / "images", tmp_path / "others")
+    petune.run(**go_on, dataset=f"folder:{tmp_path / 'others'}", output=tmp_path / "other")
+
+
 def test_nothing_is_claimed_of_an_adapter_that_records_no_splits(runs: Path, tmp_path: Path) -> None:
     old = changed(runs / "fold1" / "adapter", tmp_path / "old", split_options=None)
     assert petune.evaluate(old, device="cpu").trained_on is None
