@@ -191,15 +191,18 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
     directory = settings.config_directory(CONFIG_FILE, LOCK_FILE)
     if directory is not None and "methods" in values:  # the file is a comparison's, not a run's
         values["output"] = directory
+    run = values.get("run")
+    of_run = run if isinstance(run, dict) else {}  # anything else is reported by CompareConfig
     if methods:
         values["methods"] = methods
+        of_run.pop("method", None)  # of a run's file
     seed_list = settings.seeds(seeds)
     if seed_list is not None:
         values["seeds"] = seed_list
-    elif "seed" in settings.flags or "seeds" not in values:
-        run = values.get("run")
-        if isinstance(run, dict) and "seed" in run:
-            values["seeds"] = (run["seed"],)
+    elif "seed" in of_run and ("seed" in settings.flags or "seeds" not in values):
+        values["seeds"] = (of_run["seed"],)
+    if seed_list is not None or "seeds" in settings.assigned:
+        of_run.pop("seed", None)
     if not values.get("methods"):
         raise UsageError(f"no methods to compare. Name at least one, for example:\n  {EXAMPLE}")
     return values

@@ -129,7 +129,8 @@ def _comparison(config: RunConfig, seeds: tuple[int, ...]) -> CompareConfig:
     from petune.runner.run_name import run_name
 
     name = run_name(config).removesuffix(f"-seed{config.seed}") + "-seeds"
-    values = {"methods": (config.method,), "seeds": seeds, "run": config, "output": config.output or RUNS / name}
+    run = config.model_copy(update={"seed": seeds[0], "output": None})
+    values = {"methods": (config.method,), "seeds": seeds, "run": run, "output": config.output or RUNS / name}
     return CompareConfig.build(values, "the command line")
 
 

@@ -1,0 +1,29 @@
+"""What the runs of a comparison share, and what it says for each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import petune
+
+
+@pytest.mark.parametrize(
+    ("run", "problem"),
+    [
+        ({"seed": 3}, "seed is 3, and a comparison runs its seeds: 0"),
+        ({"method": "lora"}, "method is lora, and a comparison runs its methods: linear, vpt"),
+        ({"output": Path("there")}, "Set the output of the comparison"),
+    ],
+)
+def test_what_a_comparison_says_for_each_run_is_not_an_option_of_all(run: dict[str, Any], problem: str) -> None:
+    """They had no effect, and nothing said so."""
+    with pytest.raises(petune.ConfigError, match=problem):
+        petune.compare(methods=("linear", "vpt"), run=run)
+
+
+def test_a_seed_and_a_method_of_the_comparison_may_be_named_twice() -> None:
+    config = petune.CompareConfig(methods=("linear", "vpt"), seeds=(2, 3), run={"seed": 3, "method": "vpt"})
+    assert [run.seed for run in config.runs()] == [2, 3, 2, 3]
