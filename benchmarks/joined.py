@@ -122,6 +122,7 @@ def _one_row(a: Row, b: Row) -> Row:
         "mean": both,
         "std": {name: spread(name) for name in both},
         "val_mean": means(a.val_mean, b.val_mean),
+        "epochs": max((row.epochs for row in (a, b) if row.epochs is not None), default=None),
         "images_per_s": mean(a.images_per_s, b.images_per_s),
         "step_time_s": mean(a.step_time_s, b.step_time_s),
         "peak_memory_bytes": max(a.peak_memory_bytes or 0, b.peak_memory_bytes or 0),

@@ -10,6 +10,7 @@ the runs of a suite take hours on a machine that does other things too; on an id
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -73,22 +74,38 @@ class Table:
 
 
 def read_table(pieces: Sequence[str], results: Results) -> Table | None:
-    """Return the table; None unless all datasets have been measured with three methods or more."""
-    if not all(piece in results for piece in pieces):
+    """Return the table; None unless three methods, the baseline among them, are complete on all datasets."""
+    missing = missing_datasets(pieces, results)
+    methods = [method for method, datasets in missing.items() if not datasets]
+    if len(methods) < 3 or BASELINE not in methods:
         return None
-    rows = [{row["method"]: row for row in results[p]["rows"] if row["status"] == "done"} for p in pieces]
-    methods = [method for method in rows[0] if all(method in column for column in rows)]
-    if len(methods) < 3:
-        return None
+    rows = [_complete_rows(results[piece]) for piece in pieces]
     top1 = {m: tuple(float(column[m]["mean"]["top1"]) for column in rows) for m in methods}
     ranks = [_ranks({m: values[i] for m, values in top1.items()}) for i in range(len(pieces))]
     return Table(
-        tuple(piece.removeprefix(f"{SUITE}-") for piece in pieces),
+        tuple(map(_dataset, pieces)),
         top1,
         {m: _mean([rank[m] for rank in ranks]) for m in methods},
         {m: _mean([column[m]["percent_of_backbone"] for column in rows]) for m in methods},
         step_times(),
     )
+
+
+def missing_datasets(pieces: Sequence[str], results: Results) -> dict[str, list[str]]:
+    """Return the datasets that each method lacks, or has with fewer seeds than others; of methods with any result."""
+    rows = {piece: _complete_rows(results[piece]) if piece in results else {} for piece in pieces}
+    methods = dict.fromkeys(row["method"] for piece in pieces for row in results.get(piece, {}).get("rows", ()))
+    return {m: [_dataset(piece) for piece in pieces if m not in rows[piece]] for m in methods}
+
+
+def _complete_rows(comparison: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the rows that have as many seeds as any, by method."""
+    most = max((len(row["seeds"]) for row in comparison["rows"]), default=0)
+    return {row["method"]: row for row in comparison["rows"] if row["status"] == "done" and len(row["seeds"]) == most}
+
+
+def _dataset(piece: str) -> str:
+    return piece.removeprefix(f"{SUITE}-")
 
 
 def step_times(file: Path = SPEED) -> dict[str, float]:
@@ -102,11 +119,9 @@ def step_times(file: Path = SPEED) -> dict[str, float]:
 def section(pieces: Sequence[str], results: Results) -> list[str]:
     """Return the lines for docs/results.md."""
     table = read_table(pieces, results)
+    missing = missing_datasets(pieces, results)
     if table is None:
-        rows = {piece.removeprefix(f"{SUITE}-"): len(results[piece]["rows"]) for piece in pieces if piece in results}
-        methods = ", ".join(f"{name} with {plural(count, 'method')}" for name, count in rows.items()) or "none"
-        total = plural(len(pieces), "dataset")
-        return [f"**{len(rows)} of {total} measured so far** ({methods}); the heat map needs all.", ""]
+        return [_so_far(pieces, missing), ""]
     header = ("method", "mean rank", "mean top-1", *table.datasets, "% of backbone", "step")
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for method in table.ranked:
@@ -119,8 +134,22 @@ def section(pieces: Sequence[str], results: Results) -> list[str]:
         "Top-1 on test in percent, means over the seeds. The time of a step is relative to AdaptFormer's, measured in "
         "turns on an idle machine (benchmarks/speed.py); a linear probe trains faster, as its features are kept."
     )
+    left_out = [f"`{method}` (no complete {_listed(lacks)})" for method, lacks in missing.items() if lacks]
+    note += (
+        f" Left out, because not all seeds of all datasets have been measured: {_listed(left_out)}." if left_out else ""
+    )
     figure = f"![Top-1 of each method on each dataset, and mean ranks](../benchmarks/results/{FIGURE.name})"
     return [" ".join(sentences(table)), "", figure, "", *lines, "", note, ""]
+
+
+def _so_far(pieces: Sequence[str], missing: Mapping[str, Sequence[str]]) -> str:
+    counts = {name: sum(name not in lacks for lacks in missing.values()) for name in map(_dataset, pieces)}
+    measured = {name: count for name, count in counts.items() if count}
+    methods = ", ".join(f"{name} with {plural(count, 'method')}" for name, count in measured.items()) or "none"
+    return (
+        f"**{len(measured)} of {plural(len(pieces), 'dataset')} measured so far** ({methods}); the heat map needs "
+        f"three methods, `{BASELINE}` among them, on all."
+    )
 
 
 def sentences(table: Table) -> list[str]:
@@ -138,10 +167,12 @@ def sentences(table: Table) -> list[str]:
     steady = (
         f"On its worst dataset {_names([gain])} is {least:+.1f} points from the linear probe; no other does better."
     )
+    means = [table.rank[method] for method in table.ranked]
+    is_close = all(after - before < cd for before, after in itertools.pairwise(means))
+    neighbors = ", and differences between neighbors in this list are not significant" if is_close else ""
     limits = (
         f"{plural(len(table.datasets), 'dataset')} of small images and one small backbone say little about others: "
-        f"Friedman's test that all {len(table.rank)} methods rank alike has p = {table.p_value:.2g}, and differences "
-        f"between neighbors in this list are not significant."
+        f"Friedman's test that all {len(table.rank)} methods rank alike has p = {table.p_value:.2g}{neighbors}."
     )
     return [found, steady, limits]
 
@@ -205,5 +236,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _names(methods: Sequence[str]) -> str:
-    names = [f"`{method}`" for method in methods]
+    return _listed([f"`{method}`" for method in methods])
+
+
+def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"

@@ -17,7 +17,7 @@ PIECES = ["mini-vtab-a", "mini-vtab-b", "mini-vtab-c", "mini-vtab-d"]
 
 
 def _comparison(**top1: float) -> dict[str, Any]:
-    row = {"status": "done", "percent_of_backbone": 1.0}
+    row = {"status": "done", "percent_of_backbone": 1.0, "seeds": [0, 1]}
     return {"rows": [row | {"method": method, "mean": {"top1": value}} for method, value in top1.items()]}
 
 
@@ -79,9 +79,24 @@ def test_the_cost_is_that_of_steps_in_turns(tmp_path: Path) -> None:
     assert mini_vtab_page.step_times(tmp_path / "none.json") == {}
 
 
-def test_a_method_that_failed_on_a_dataset_is_left_out() -> None:
+@pytest.mark.parametrize("row", [{"status": "failed", "mean": {}, "seeds": []}, {"status": "done", "seeds": [0]}])
+def test_a_method_that_is_incomplete_on_a_dataset_is_left_out_and_named(row: dict[str, Any]) -> None:
+    """It failed there, or has fewer seeds than the others."""
     results = _results()
-    results[PIECES[1]]["rows"].append({"method": "lora", "status": "failed", "mean": {}})
+    for piece in (PIECES[0], PIECES[2]):
+        results[piece]["rows"].append(_comparison(lora=99.0)["rows"][0])
+    results[PIECES[1]]["rows"].append(_comparison(lora=99.0)["rows"][0] | row)
     table = mini_vtab_page.read_table(PIECES, results)
     assert table is not None
     assert "lora" not in table.rank
+    assert "measured: `lora` (no complete b and d)." in "\n".join(mini_vtab_page.section(PIECES, results))
+
+
+@pytest.mark.parametrize("missing", ["linear", "vpt"])
+def test_without_three_methods_and_the_linear_probe_the_page_says_what_it_needs(missing: str) -> None:
+    results = _results()
+    for comparison in results.values():
+        comparison["rows"] = [row for row in comparison["rows"] if row["method"] != missing]
+    text = mini_vtab_page.section(PIECES, results)[0]
+    assert "4 of 4 datasets measured so far** (a with 2 methods" in text
+    assert "needs three methods, `linear` among them" in text

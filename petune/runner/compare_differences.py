@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from petune.base.metric import Metric
+from petune.base.text import plural
 from petune.runner.compare_config import CompareConfig
 from petune.runner.comparison import Row, Standing
 from petune.runner.conclusion import conclusion, describe_intervals
-from petune.runner.differences import Difference, SeedValue, differences_to
+from petune.runner.differences import Difference, SeedValue, Values, differences_to
 from petune.runner.test_values import read_test_values
 
 
@@ -33,16 +35,17 @@ def with_differences(config: CompareConfig, rows: Sequence[Row], metric: Metric)
 
     Args:
         config: Names the baseline, if there is one, and the directories of the runs.
-        rows: Of all methods; those that failed stay as they are.
+        rows: Of all methods; those that failed stay as they are. Only seeds that all others have are compared.
         metric: The main metric.
     """
     done = [row for row in rows if row.status == "done" and metric.name in row.mean]
     if len(done) < 2:
         return Findings(tuple(rows))
-    done.sort(key=lambda row: metric.score(row.mean[metric.name]), reverse=True)
-    best = done[0].method
-    values = {row.method: _values(config, row, metric) for row in done}
-    to_best = differences_to(best, values)
+    values = _of_shared_seeds({row.method: _values(config, row, metric) for row in done})
+    if values is None:
+        return Findings(tuple(rows), "No seed was run with all methods, so nothing says which is best.")
+    best = max(values, key=lambda method: metric.score(_mean(values[method])))
+    to_best = differences_to(best, values, is_chosen=True)
     to_baseline = {}
     if config.baseline in values and config.baseline != best:
         to_baseline = differences_to(config.baseline, values)
@@ -52,7 +55,20 @@ def with_differences(config: CompareConfig, rows: Sequence[Row], metric: Metric)
         standing = _standing(row.method, best, to_best)
         changed.append(row.model_copy(update={"difference": shown.get(row.method), "standing": standing}))
     intervals = describe_intervals(to_best, to_baseline)
-    return Findings(tuple(changed), conclusion(best, to_best, to_baseline, metric), intervals)
+    seeds = "" if len({row.seeds for row in done}) == 1 else f" on {plural(len(values[best]), 'seed')} that all have"
+    return Findings(tuple(changed), conclusion(best, to_best, to_baseline, metric, seeds), intervals)
+
+
+def _of_shared_seeds(values: Mapping[str, Values]) -> dict[str, Values] | None:
+    """Return the values of the seeds that all methods have, or None: means over other seeds are not comparable."""
+    shared = set.intersection(*(set(of_seed) for of_seed in values.values()))
+    if not shared:
+        return None
+    return {method: {seed: of_seed[seed] for seed in sorted(shared)} for method, of_seed in values.items()}
+
+
+def _mean(values: Values) -> float:
+    return statistics.fmean(value.value for value in values.values())
 
 
 def _standing(method: str, best: str, to_best: Mapping[str, Difference]) -> Standing | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from petune.base.metric import Metric
 from petune.base.text import plural
-from petune.runner.differences import Difference
+from petune.runner.differences import Difference, num_comparisons
 
 MAX_WITH_NUMBERS = 3
 """Up to this many clear differences are given one by one; of more, the smallest and the largest."""
@@ -15,7 +15,7 @@ Differences = Mapping[str, Difference]
 """Differences to one reference, by method."""
 
 
-def conclusion(best: str, to_best: Differences, to_baseline: Differences, metric: Metric) -> str:
+def conclusion(best: str, to_best: Differences, to_baseline: Differences, metric: Metric, seeds: str = "") -> str:
     """Return the sentences, without what the intervals are; empty if there is nothing to compare.
 
     Args:
@@ -23,10 +23,11 @@ def conclusion(best: str, to_best: Differences, to_baseline: Differences, metric
         to_best: Differences of the others to it.
         to_baseline: Differences to a named baseline; none if there is no baseline, or it is the best method.
         metric: The main metric.
+        seeds: Which seeds are compared, ` on 2 seeds that all have`, where some methods have others.
     """
     if not to_best:
         return ""
-    start = f"{best} has the {'highest' if metric.higher_is_better else 'lowest'} {metric.label}"
+    start = f"{best} has the {'highest' if metric.higher_is_better else 'lowest'} {metric.label}{seeds}"
     every = [*to_best.values(), *to_baseline.values()]
     if all(found.is_clear is None for found in every):
         return f"{start}. Too few seeds to tell whether differences to it are more than noise. Use several seeds."
@@ -87,7 +88,9 @@ def describe_intervals(to_best: Differences, to_baseline: Differences) -> str:
     numbers = {found.num_seeds > 1 for found in known}
     images = all(found.over_images for found in known)
     over = "seeds and test images" if True in numbers and images else "seeds" if True in numbers else "test images"
-    together = f" that hold together for {len(to_best)} comparisons" if len(to_best) > 1 else ""
+    count = num_comparisons(len(to_best) + 1, is_chosen=not to_baseline)
+    of_pairs = "comparisons" if to_baseline else "pairs of methods"
+    together = f" that hold together for {count} {of_pairs}" if count > 1 else ""
     one_seed = "; one seed says nothing about other seeds" if False in numbers else ""
     if len(numbers) > 1:
         one_seed = "; those of one seed over test images only"

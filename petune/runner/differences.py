@@ -59,14 +59,27 @@ Values = Mapping[int, SeedValue]
 """Of the runs of a method, by seed."""
 
 
-def differences_to(reference: str, values: Mapping[str, Values]) -> dict[str, Difference]:
-    """Compare every method with a reference, with intervals that hold together: see `difference`."""
+def differences_to(reference: str, values: Mapping[str, Values], *, is_chosen: bool = False) -> dict[str, Difference]:
+    """Compare every method with a reference, with intervals that hold together: see `difference`.
+
+    Args:
+        reference: A method.
+        values: Of all methods.
+        is_chosen: The reference is the best one in `values`. Any two methods may then be those that are compared, and
+            intervals that hold for all pairs hold for these.
+    """
     others = [method for method in values if method != reference]
-    found = {m: difference(reference, values[m], values[reference], num_comparisons=len(others)) for m in others}
+    count = num_comparisons(len(values), is_chosen=is_chosen)
+    found = {m: difference(reference, values[m], values[reference], count) for m in others}
     return {method: one for method, one in found.items() if one is not None}
 
 
-def difference(reference: str, own: Values, base: Values, num_comparisons: int = 1) -> Difference | None:
+def num_comparisons(num_methods: int, *, is_chosen: bool) -> int:
+    """Return how many differences the intervals of a table hold for together; see `differences_to`."""
+    return math.comb(num_methods, 2) if is_chosen else num_methods - 1
+
+
+def difference(reference: str, own: Values, base: Values, count: int = 1) -> Difference | None:
     """Compare two methods on the seeds that both have; None if there are none.
 
     Runs of the same seed and images of the same test split are paired. The interval is Student's: its variance is that
@@ -77,7 +90,7 @@ def difference(reference: str, own: Values, base: Values, num_comparisons: int =
     Args:
         reference: Name of the method that `base` is of.
         own, base: By seed.
-        num_comparisons: How many methods are compared with the reference.
+        count: How many comparisons the interval holds together with, this one among them.
     """
     seeds = sorted(own.keys() & base.keys())
     if not seeds:
@@ -86,7 +99,7 @@ def difference(reference: str, own: Values, base: Values, num_comparisons: int =
     mean = float(delta_S.mean())
     delta_SN = _by_image([(own[seed], base[seed]) for seed in seeds])
     parts = _variance_parts(delta_S, delta_SN)
-    half = _half_width(parts, 1 - (1 - CONFIDENCE) / num_comparisons)
+    half = _half_width(parts, 1 - (1 - CONFIDENCE) / count)
     if not parts or (half == 0 and mean != 0):  # a few equal differences do not show how much they vary
         return Difference(reference=reference, mean=mean, num_seeds=len(seeds))
     return Difference(

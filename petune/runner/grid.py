@@ -6,7 +6,7 @@ Values of different tasks, or in different metrics, are not averaged; ranks are.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,9 +53,9 @@ class GridColumn(Config):
     conclusion: str = ""
     intervals: str = ""
 
-    def ranks(self) -> dict[str, float]:
-        """Return the rank of each method, 1 for the best; equal values share the mean of their ranks."""
-        scores = {method: self.metric.score(value) for method, value in self.mean.items()}
+    def ranks(self, methods: Collection[str]) -> dict[str, float]:
+        """Return the rank of each of these methods, 1 for the best; equal values share the mean of their ranks."""
+        scores = {method: self.metric.score(self.mean[method]) for method in methods}
         return {
             method: 1 + sum(other > own for other in scores.values()) + (sum(o == own for o in scores.values()) - 1) / 2
             for method, own in scores.items()
@@ -67,8 +67,9 @@ class GridColumn(Config):
             return UNKNOWN
         value = self.metric.number(self.mean[method])
         deviation = f" ± {self.metric.number(self.std[method])}" if method in self.std else ""
-        best = max(self.mean.values(), key=self.metric.score)
-        mark = " *" if self.mean[method] == best else " ~" if self.standing.get(method) == "tied" else ""
+        first = max(self.mean, key=lambda method: self.metric.score(self.mean[method]))
+        best = next((name for name, standing in self.standing.items() if standing == "best"), first)
+        mark = " *" if self.mean[method] == self.mean[best] else " ~" if self.standing.get(method) == "tied" else ""
         return f"{value}{deviation}{mark}"
 
 
@@ -134,6 +135,8 @@ class Grid(Config):
         sentences = ["On test: mean ± sample standard deviation over the seeds; * marks the best of a dataset."]
         is_tied = any("tied" in column.standing.values() for column in self.columns)
         sentences += ["~ marks those that cannot be told apart from it."] if is_tied else []
+        is_ranked = [self.mean_rank(method) is not None for method in self.methods]
+        sentences += [] if all(is_ranked) else ["Ranks are those among the methods that every dataset has."]
         sentences += [f"In percent: {', '.join(percent)}."] if percent else []
         sentences += [f"Lower is better: {', '.join(lower)}."] if lower else []
         sentences += [] if self.has_means else ["Tasks or metrics differ, so only ranks are averaged."]
@@ -175,10 +178,11 @@ class Grid(Config):
 
 
 def mean_rank(method: str, columns: Sequence[GridColumn]) -> float | None:
-    """Return the mean rank of a method; None if it is missing in a column."""
-    if not all(method in column.mean for column in columns):
+    """Return the mean rank of a method among those that all columns have; None if it is missing in one."""
+    complete = set.intersection(*(set(column.mean) for column in columns))
+    if method not in complete:
         return None
-    return statistics.fmean(column.ranks()[method] for column in columns)
+    return statistics.fmean(column.ranks(complete)[method] for column in columns)
 
 
 def compare_datasets(

@@ -34,8 +34,8 @@ def _column(dataset: str, metric: Metric = TOP1, **mean: float) -> GridColumn:
 
 
 def test_equal_values_share_their_ranks_and_lower_errors_are_better() -> None:
-    assert _column("a", b=1.0, c=2.0, d=1.0).ranks() == {"c": 1, "b": 2.5, "d": 2.5}
-    assert _column("a", MAE, b=1.0, c=2.0, d=1.5).ranks() == {"b": 1, "d": 2, "c": 3}
+    assert _column("a", b=1.0, c=2.0, d=1.0).ranks("bcd") == {"c": 1, "b": 2.5, "d": 2.5}
+    assert _column("a", MAE, b=1.0, c=2.0, d=1.5).ranks("bcd") == {"b": 1, "d": 2, "c": 3}
 
 
 def test_the_best_and_those_that_cannot_be_told_apart_are_marked() -> None:
@@ -68,6 +68,16 @@ def test_a_method_that_failed_on_a_dataset_has_no_rank() -> None:
     )
     assert (grid.mean_rank("lora"), grid.mean("lora")) == (None, None)
     assert "lora on b: no" in grid.page()
+
+
+def test_ranks_do_not_depend_on_methods_that_failed_elsewhere() -> None:
+    """Ranks of other methods on one dataset are no reason to rank these two otherwise."""
+    a, b = (1.0, 1.0, 3.0), (2.0, 2.0, 1.0)
+    columns = [_column(str(i), MAE, a=x, b=y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    more = columns[2].model_copy(update={"mean": {"a": 3.0, "b": 1.0, "c": 2.0, "d": 2.5}})
+    for last in (columns[2], more):
+        grid = Grid(methods=("a", "b"), columns=(*columns[:2], last), output="out")
+        assert [grid.mean_rank(method) for method in "abc"] == [pytest.approx(4 / 3), pytest.approx(5 / 3), None]
 
 
 @pytest.mark.exhaustive

@@ -87,7 +87,8 @@ def with_difference(columns: Columns, metrics: Sequence[Metric], rows: Sequence[
     """Return the columns with one of differences after the main metric, if there are any."""
     if not any(row.get("difference") for row in rows):
         return columns
-    best = ranked(rows, metrics)[0]["method"]
+    first = ranked(rows, metrics)[0]
+    best = next((row for row in rows if row.get("standing") == "best"), first)["method"]
     texts = list(columns.items())
     return dict([*texts[:2], (DIFFERENCE, partial(_difference, metrics[0], best)), *texts[2:]])
 
