@@ -129,7 +129,7 @@ def read_bands(source: Source) -> NDArray[Any]:
     if not may_have_bands(source):
         raise DataError(f"{where}: an encoded image of {RGB}, neither an array nor a TIFF file")
     try:
-        return channels_last(_read_array(source) if is_array_file(source) else _read_tiff(source))
+        return channels_last(_read_array(source)) if is_array_file(source) else _read_tiff(source)
     except FileNotFoundError:
         raise DataError(f"{where}: no such file") from None
     except DataError:
@@ -224,6 +224,7 @@ def _pages(image: Image) -> int:
 
 
 def _read_tiff(source: Source) -> NDArray[Any]:
+    """Return (H, W, C). The file says where the channels are; where tifffile finds no word of it, the shape does."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -235,22 +236,28 @@ def _read_tiff(source: Source) -> NDArray[Any]:
                 for number in range(pages):
                     image.seek(number)
                     planes.append(np.asarray(image))
-                return np.stack(planes, -1)
+                return channels_last(np.stack(planes, -1), is_first=False)
             if not _loses_values(image):
-                return np.asarray(image)
+                return channels_last(np.asarray(image), is_first=False)
     except UnidentifiedImageError:
         pass
     with _tifffile().TiffFile(_opened(source)) as file:
         series = file.series[0]
         if series.size * series.dtype.itemsize > MAX_BYTES:
             raise ValueError(f"it is said to be of shape {series.shape}, which is too large")
-        return np.asarray(series.asarray())
+        return channels_last(np.asarray(series.asarray()), _is_channels_first(series))
 
 
 def _scientific_form(source: Source) -> ImageForm:
     with _tifffile().TiffFile(_opened(source)) as file:
         series = file.series[0]
-        return stored_form(series.shape, series.dtype)
+        return stored_form(series.shape, series.dtype, _is_channels_first(series))
+
+
+def _is_channels_first(series: Any) -> bool | None:
+    """Return whether the file says that its first axis are the channels; None if it says nothing."""
+    axes = str(series.axes)
+    return axes[0] in "SC" if len(axes) == 3 and {*axes} & {*"SC"} else None
 
 
 def _tifffile() -> Any:

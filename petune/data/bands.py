@@ -79,9 +79,14 @@ def as_image(image_HWC: NDArray[Any]) -> Image:
     return Image.fromarray(np.ascontiguousarray(plane))
 
 
-def stored_form(shape: tuple[int, ...], dtype: np.dtype[Any]) -> ImageForm:
-    """Return the form of an array: one or three channels of 8 bits, and gray of 16 bits, are read as RGB images."""
-    channels = _channel_count(shape)
+def stored_form(shape: tuple[int, ...], dtype: np.dtype[Any], is_first: bool | None = None) -> ImageForm:
+    """Return the form of an array: one or three channels of 8 bits, and gray of 16 bits, are read as RGB images.
+
+    Args:
+        shape, dtype: Of the array.
+        is_first: See `channels_last`.
+    """
+    channels = _channel_count(shape, is_first)
     stored = _stored_type(dtype)
     as_rgb = (stored == "uint8" and channels in {1, 3}) or (stored == "uint16" and channels == 1)
     return RGB if as_rgb else ImageForm(channels, stored)
@@ -94,13 +99,13 @@ def _stored_type(dtype: np.dtype[Any]) -> str:
     return str(dtype) if dtype in (np.uint8, np.uint16) else "float32"
 
 
-def _channel_count(shape: tuple[int, ...]) -> int:
+def _channel_count(shape: tuple[int, ...], is_first: bool | None) -> int:
     """Return C of (H, W), (H, W, C) or (C, H, W)."""
     if len(shape) == 2 and min(shape) > 0:
         return 1
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"an array of shape {shape} is no image; images are (H, W), (H, W, C) or (C, H, W)")
-    return shape[0] if is_channels_first(shape) else shape[2]
+    return shape[0 if (is_channels_first(shape) if is_first is None else is_first) else 2]
 
 
 def is_channels_first(shape: tuple[int, ...]) -> bool:
@@ -110,15 +115,19 @@ def is_channels_first(shape: tuple[int, ...]) -> bool:
     return shape[0] < shape[2]
 
 
-def channels_last(array: NDArray[Any]) -> NDArray[Any]:
+def channels_last(array: NDArray[Any], is_first: bool | None = None) -> NDArray[Any]:
     """Return (H, W), (H, W, C) or (C, H, W) as (H, W, C) of uint8, uint16 or float32.
+
+    Args:
+        array: The image.
+        is_first: It is (C, H, W) if it has three axes; None takes that from its shape.
 
     Raises:
         ValueError: The array is no image.
     """
-    _channel_count(array.shape)  # checks the shape
+    _channel_count(array.shape, is_first)  # checks the shape
     if array.ndim == 2:
         array = array[..., None]
-    elif is_channels_first(array.shape):
+    elif is_channels_first(array.shape) if is_first is None else is_first:
         array = array.transpose(1, 2, 0)
     return array.astype(_stored_type(array.dtype), copy=False)

@@ -188,6 +188,23 @@ def test_broken_arrays_are_named(tmp_path: Path) -> None:
     assert decode_image(tmp_path / "named.npz", 8, form).shape == (8, 8, 4)
 
 
+@pytest.mark.parametrize(("shape", "layout"), [((4, 20, 6), "contig"), ((13, 5, 4), "separate")])
+def test_a_tiff_says_where_its_channels_are(tmp_path: Path, shape: tuple[int, ...], layout: str) -> None:
+    """Its shape alone would say the opposite."""
+    tifffile = pytest.importorskip("tifffile")
+    bands = RNG.random(shape).astype("float32")
+    tifffile.imwrite(tmp_path / "x.tif", bands, photometric="minisblack", planarconfig=layout)
+    expected = bands if layout == "contig" else bands.transpose(1, 2, 0)
+    np.testing.assert_array_equal(read_bands(tmp_path / "x.tif"), expected)
+    assert form_of(tmp_path / "x.tif") == ImageForm(expected.shape[-1], "float32")
+
+
+def test_pages_are_channels_however_small_the_image(tmp_path: Path) -> None:
+    pages = RNG.random((5, 4, 13)).astype("float32")
+    _save_pages(tmp_path / "x.tif", pages)
+    np.testing.assert_array_equal(read_bands(tmp_path / "x.tif"), pages)
+
+
 def test_a_tiff_that_needs_tifffile_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
