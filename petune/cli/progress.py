@@ -93,14 +93,14 @@ class ProgressDisplay:
     def _one_of_several(self, started: RunStarted) -> _Run:
         if started.index not in self._runs:
             number = f"[{started.index + 1}/{started.total}] "
-            self._runs[started.index] = _Run(f"{number}{started.method}, seed {started.seed}  ", number)
+            self._runs[started.index] = _Run(f"{number}{started.title}  ", number)
         return self._runs[started.index]
 
     def _start_run(self, event: RunStarted) -> None:
         if self._bar is not None and self._run.task is not None:
             self._bar.remove_task(self._run.task)
         number = f"[{event.index + 1}/{event.total}] "
-        label = f"{number}{event.method}, seed {event.seed}"
+        label = f"{number}{event.title}"
         self._run = _Run(f"{label}  ", number)
         self.line(f"{label}: finished before" if event.done else label)
 

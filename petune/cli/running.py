@@ -182,8 +182,8 @@ class _Tracking:
 
         if isinstance(event, RunStarted):
             self.close()
-            name = _file_name(f"{event.method}-seed{event.seed}")
-            self._started[name] += 1  # runs on another dataset have the same name, and come in the same order again
+            name = _file_name("-".join(filter(None, (event.method, event.dataset, f"seed{event.seed}"))))
+            self._started[name] += 1
             number = f"-{self._started[name]}" if self._started[name] > 1 else ""
             self._tracker = Tracker(self._name, self._directory / f"{name}{number}")
         elif not isinstance(event, RunEvent):  # a tracker follows one run at a time

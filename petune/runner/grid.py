@@ -21,7 +21,7 @@ from petune.runner.compare import compare
 from petune.runner.compare_config import MAY_GROW, CompareConfig
 from petune.runner.comparison import Comparison, Standing
 from petune.runner.directory_kind import check_kind
-from petune.runner.events import WatchRuns
+from petune.runner.events import WatchRuns, on_dataset
 from petune.runner.executors import Executor
 from petune.runner.file_names import GRID_PAGE, GRID_TABLE
 from petune.runner.report.tables import UNKNOWN
@@ -225,7 +225,7 @@ def compare_datasets(
         comparisons = {}
         for name, part in parts.items():
             stop.check(group)
-            comparisons[name] = compare(part, executor=executor, watch=watch)
+            comparisons[name] = compare(part, executor=executor, watch=on_dataset(name, watch))
         grid = make_grid(config, comparisons)
         group.broadcast(lambda: _write(grid, config))
     return grid

@@ -8,7 +8,7 @@ from petune.base.metric import Metric
 from petune.base.text import format_percent
 from petune.cli.progress import ProgressDisplay
 from petune.cli.terminal import clean, format_count, format_flops, print_table
-from petune.runner.events import RunStarted
+from petune.runner.events import RunStarted, on_dataset
 from petune.training.events import EpochEnded, Note, StepDone
 
 
@@ -52,12 +52,12 @@ def test_a_line_every_few_seconds(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_several_runs_are_labeled(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay(bar=False) as watch:
         watch(RunStarted("vpt", 1, 0, 2, True))
-        watch(RunStarted("full", 0, 1, 2, False))
+        on_dataset("digits", watch)(RunStarted("full", 0, 1, 2, False))
         watch(EpochEnded(1, 2, {"epoch": 1, "train_loss": 1.25}))
     assert capsys.readouterr().err.splitlines() == [
         "[1/2] vpt, seed 1: finished before",
-        "[2/2] full, seed 0",
-        "[2/2] full, seed 0  epoch 1/2  loss 1.250",
+        "[2/2] full on digits, seed 0",
+        "[2/2] full on digits, seed 0  epoch 1/2  loss 1.250",
     ]
 
 

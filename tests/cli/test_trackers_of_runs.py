@@ -27,6 +27,8 @@ def test_runs_of_one_method_and_seed_have_logs_of_their_own(tmp_path: Path, monk
     monkeypatch.setattr("petune.training.trackers.Tracker", Log)
     monkeypatch.setattr(Log, "directories", [])
     with watching("any", tmp_path) as watch:
-        for index in range(2):  # on two datasets
-            watch(RunStarted("linear", 0, index, 2, done=False))
-    assert Log.directories == ["any", "linear-seed0", "linear-seed0-2"]
+        for index, dataset in enumerate(("digits", "folder:a/b", "", "")):
+            watch(RunStarted("linear", 0, index, 2, done=False, dataset=dataset))
+    assert Log.directories == [
+        "any", "linear-digits-seed0", "linear-folder_a_b-seed0", "linear-seed0", "linear-seed0-2"
+    ]  # fmt: skip
