@@ -13,7 +13,7 @@ from typing import Any, Self
 from petune.base.arguments import check_watch
 from petune.base.config import Config
 from petune.base.distributed import init_group
-from petune.base.errors import ConfigError
+from petune.base.errors import CheckpointError, ConfigError
 from petune.base.files import replace_file
 from petune.base.metric import Metric
 from petune.base.text import escape_markdown, html_table
@@ -29,6 +29,7 @@ from petune.runner.run import check_task_of_dataset
 from petune.runner.run_dir import open_run_dir
 from petune.runner.saved_table import read_saved
 from petune.runner.stored_config import write_config
+from petune.training.events import Note
 from petune.training.stop import StopFlag
 
 
@@ -227,6 +228,9 @@ def compare_datasets(
             stop.check(group)
             comparisons[name] = compare(part, executor=executor, watch=on_dataset(name, watch))
         grid = make_grid(config, comparisons)
+        omitted = group.broadcast(lambda: _omitted_columns(config))
+        if omitted:
+            watch(Note(f"not in the table this time: {', '.join(omitted)}. Their comparisons stay in {run_dir}"))
         group.broadcast(lambda: _write(grid, config))
     return grid
 
@@ -256,6 +260,15 @@ def make_grid(config: CompareConfig, comparisons: Mapping[str, Comparison]) -> G
     ranks = {method: mean_rank(method, columns) for method in config.methods}
     methods = sorted(config.methods, key=lambda method: (ranks[method] is None, ranks[method] or 0.0))
     return Grid(methods=tuple(methods), columns=tuple(columns), reasons=reasons, output=str(config.directory))
+
+
+def _omitted_columns(config: CompareConfig) -> list[str]:
+    """List the datasets of the existing table that were not asked for now."""
+    try:
+        columns = Grid.read(config.directory).columns
+    except CheckpointError:
+        return []
+    return [column.dataset for column in columns if column.dataset not in config.datasets]
 
 
 def _write(grid: Grid, config: CompareConfig) -> None:

@@ -13,6 +13,7 @@ from petune.base.errors import ConfigError, UnknownName
 from petune.base.metric import Metric
 from petune.runner.grid import Grid, GridColumn
 from petune.runner.report.find_runs import find_runs
+from petune.training.events import Note
 from tests.program import call
 from tests.unbalanced import make_folder
 
@@ -112,6 +113,23 @@ def test_bad_datasets_are_refused_before_the_first_one_trains(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="given twice"):
         petune.compare_datasets(methods=["linear"], datasets=["digits", "digits"], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_datasets_that_are_not_named_again_leave_the_table_with_a_note(tmp_path: Path) -> None:
+    for name in ("first", "second", "third"):
+        make_folder(tmp_path / name, dict.fromkeys("ab", 4), test=2)
+    options = {"depth": 1, "embed_dim": 8, "num_heads": 1}
+    run = {"backbone": "vit_nano", "weights": "none", "backbone_options": options, "image_size": 8, "device": "cpu"}
+    notes: list[Any] = []
+    for names in (("first", "second"), ("first", "third")):
+        datasets = tuple(f"folder:{tmp_path / name}" for name in names)
+        grid = petune.compare_datasets(
+            methods=("linear",), datasets=datasets, run=run | {"train": {"epochs": 1}},
+            output=tmp_path / "grid", watch=notes.append,
+        )  # fmt: skip
+    assert [column.dataset for column in grid.columns] == [*datasets]
+    (text,) = (note.text for note in notes if isinstance(note, Note) and "not in the table" in note.text)
+    assert "second" in text
 
 
 def test_a_bar_in_the_name_of_a_dataset_stays_in_its_cell() -> None:
