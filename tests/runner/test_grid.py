@@ -117,7 +117,7 @@ def test_bad_datasets_are_refused_before_the_first_one_trains(tmp_path: Path) ->
 
 def test_datasets_that_are_not_named_again_leave_the_table_with_a_note(tmp_path: Path) -> None:
     for name in ("first", "second", "third"):
-        make_folder(tmp_path / name, dict.fromkeys("ab", 4), test=2)
+        make_folder(tmp_path / name, dict.fromkeys(("cat", "ship"), 4), test=2)
     options = {"depth": 1, "embed_dim": 8, "num_heads": 1}
     run = {"backbone": "vit_nano", "weights": "none", "backbone_options": options, "image_size": 8, "device": "cpu"}
     notes: list[Any] = []
