@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-CONTENTS = "contents.json"
+CONTENTS, DATA = "contents.json", "data"
 MIB = 2**20
 
 
 def write_pieces(files: Mapping[str, Path], folder: Path, limit_bytes: int) -> list[Path]:
-    """Cut files into pieces; an earlier `folder` is replaced.
+    """Cut files into pieces, which replace those of an earlier split.
 
     Args:
         files: By the path that each gets on the other machine.
@@ -26,10 +27,17 @@ def write_pieces(files: Mapping[str, Path], folder: Path, limit_bytes: int) -> l
 
     Returns:
         The pieces in order.
+
+    Raises:
+        SystemExit: A file is missing, or the folder holds anything but pieces.
     """
+    if missing := [str(path) for path in files.values() if not path.is_file()]:
+        raise SystemExit(f"there is no {', '.join(missing)}. Name the folder that has them")
+    earlier = _earlier_pieces(folder, files.values())
     contents = [{"path": name, "bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()]
     count = max(1, -(-sum(path.stat().st_size for path in files.values()) // limit_bytes))
-    shutil.rmtree(folder, ignore_errors=True)
+    for piece in earlier:
+        shutil.rmtree(piece)
     pieces = [folder / f"piece-{number}" for number in range(1, count + 1)]
     for number, piece in enumerate(pieces, 1):
         piece.mkdir(parents=True)
@@ -42,12 +50,28 @@ def write_pieces(files: Mapping[str, Path], folder: Path, limit_bytes: int) -> l
     return pieces
 
 
+def _earlier_pieces(folder: Path, sources: Iterable[Path]) -> list[Path]:
+    """Return the pieces in a folder, which may hold nothing else."""
+    found = sorted(folder.iterdir()) if folder.exists() else []
+    others = [path.name for path in found if not _is_piece(path)]
+    if others:
+        raise SystemExit(f"{folder} holds {', '.join(others)}, which no split wrote. Choose another folder with --to")
+    if inside := [str(path) for path in sources if path.resolve().is_relative_to(folder.resolve())]:
+        raise SystemExit(f"{folder} holds {', '.join(inside)}, which is to be split. Choose another folder with --to")
+    return found
+
+
+def _is_piece(path: Path) -> bool:
+    is_named_so = re.fullmatch(r"piece-\d+", path.name) is not None and path.is_dir() and not path.is_symlink()
+    return is_named_so and {inner.name for inner in path.iterdir()} <= {CONTENTS, DATA}
+
+
 class _Parts:
     """Writes a stream of bytes into `data` of one piece after the other."""
 
     def __init__(self, pieces: list[Path], limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self.files = [(piece / "data").open("wb") for piece in pieces]
+        self.files = [(piece / DATA).open("wb") for piece in pieces]
         self.written = 0
 
     def __enter__(self) -> _Parts:
@@ -85,7 +109,7 @@ def join_pieces(folder: Path, target: Path) -> list[Path]:
     paths = [target / entry["path"] for entry in first["files"]]
     if all(path.is_file() and path.stat().st_size == e["bytes"] for path, e in zip(paths, first["files"], strict=True)):
         return paths
-    content = b"".join((by_number[number][0] / "data").read_bytes() for number in sorted(by_number))
+    content = b"".join((by_number[number][0] / DATA).read_bytes() for number in sorted(by_number))
     for path, entry in zip(paths, first["files"], strict=True):
         _write(path, content[: entry["bytes"]], entry)
         content = content[entry["bytes"] :]

@@ -263,7 +263,7 @@ def _arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     split = commands.add_parser("split", help="cut CIFAR's Parquet files into pieces")
     split.add_argument("data", type=Path, help="has cifar100/ and cifar10/ with train.parquet and test.parquet")
-    split.add_argument("--to", type=Path, default=HOME / "pieces")
+    split.add_argument("--to", type=Path, default=HOME / "pieces", help="gets the pieces; may hold earlier ones only")
     split.add_argument("--piece-mib", type=int, default=40)
     run = commands.add_parser("run", help="run the study, or continue it")
     run.add_argument("--pieces", type=Path, default=HOME / "pieces")

@@ -50,6 +50,29 @@ def test_files_arrive_in_pieces(tmp_path: Path) -> None:
         join_pieces(there, tmp_path / "data")
 
 
+def test_a_split_removes_only_earlier_pieces(tmp_path: Path) -> None:
+    source, folder = tmp_path / "data" / "cifar10" / "train.parquet", tmp_path / "usb"
+    source.parent.mkdir(parents=True)
+    source.write_bytes(b"x" * 100)
+    files = {"cifar10/train.parquet": source}
+    write_pieces(files, folder, 10)
+    assert len(write_pieces(files, folder, 50)) == len([*folder.iterdir()]) == 2
+    own = folder / "piece-1" / "thesis.tex"
+    own.write_text("mine")
+    for target in (folder, tmp_path / "data"):
+        with pytest.raises(SystemExit, match=r"holds .*\. Choose another folder with --to"):
+            write_pieces(files, target, 50)
+    with pytest.raises(SystemExit, match=r"there is no .*test\.parquet\. Name the folder"):
+        write_pieces({"cifar10/test.parquet": source.with_name("test.parquet")}, folder, 50)
+    assert own.read_text() == "mine"
+    assert source.exists()
+    own.unlink()
+    inside = folder / "piece-1" / "data"
+    with pytest.raises(SystemExit, match="which is to be split"):
+        write_pieces({"data": inside}, folder, 50)
+    assert inside.exists()
+
+
 @pytest.mark.parametrize(
     ("epoch_s", "planned"),
     [(5, (80, 10, 10)), (10, (49, 10, 10)), (30, (18, 2, 2)), (1000, (1, 1, 1))],
