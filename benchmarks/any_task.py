@@ -25,6 +25,9 @@ from typing import Any
 import yaml
 from any_task_data import SMOKE, Constant, Sizes, make_datasets
 from any_task_page import RESULTS
+from result_files import write_json
+
+from petune.runner.grid import Grid
 
 SCRATCH = {"weights": "none", "method": "full"}
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -108,13 +111,20 @@ CASES = (
 )  # fmt: skip
 GRID = (
     "petune compare linear bitfit adaptformer --backbone vit_nano --epochs 2 --batch-size 32 --augment light "
-    "--dataset {data}/unbalanced --dataset {data}/bands --seeds 0,1,2"
+    "--dataset {data}/unbalanced --dataset {data}/bands"
 )
+DONE_BY = "command.json"
+"""The command and the seed of the datasets that a result is of; written after a run without an error."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command and where its result is."""
+    """One command and where its result is.
+
+    Attributes:
+        text: The command line.
+        data_seed: Of the datasets.
+    """
 
     case: str
     backbone: str
@@ -122,11 +132,17 @@ class Command:
     output: Path
     metrics: tuple[str, ...]
     constant: Constant
+    data_seed: int = 0
 
     @property
     def name(self) -> str:
         """Name of the result's file."""
         return f"{self.case}.{self.backbone}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a result must be of to be kept."""
+        return {"command": self.text, "data_seed": self.data_seed}
 
 
 def list_commands(args: argparse.Namespace, constants: Mapping[str, Constant]) -> Iterator[Command]:
@@ -139,10 +155,16 @@ def list_commands(args: argparse.Namespace, constants: Mapping[str, Constant]) -
         for backbone in BACKBONES:
             output = args.output / case.name / backbone
             text = f"petune run --config {folders['data']}/{backbone}.yaml {case.flags.format(**folders)}{short}"
-            text += f" --seeds {','.join(map(str, seeds))}" if seeds else ""
-            yield Command(case.name, backbone, f"{text} --output {output}", output, case.metrics, constant)
+            text += _seeds_flag(seeds) if seeds else ""
+            text += f" --output {output}"
+            yield Command(case.name, backbone, text, output, case.metrics, constant, args.seed)
     output = args.output / "grid"
-    yield Command("grid", "vit_nano", f"{GRID.format(**folders)}{short} --output {output}", output, (), {})
+    text = f"{GRID.format(**folders)}{_seeds_flag(SEEDS[: args.seeds])}{short} --output {output}"
+    yield Command("grid", "vit_nano", text, output, (), {}, args.seed)
+
+
+def _seeds_flag(seeds: tuple[int, ...]) -> str:
+    return f" --seeds {','.join(map(str, seeds))}"
 
 
 def write_configs(data: Path) -> None:
@@ -158,18 +180,29 @@ def run_command(command: Command) -> int:
     """Run a command in this process, which saves its start; what petune already finished is not repeated."""
     from petune.cli.main import main as petune
 
+    (command.output / DONE_BY).unlink(missing_ok=True)
+    code = 0
     try:
         with contextlib.redirect_stdout(sys.stderr):
             petune(shlex.split(command.text)[1:])
     except SystemExit as stopped:
-        return int(stopped.code or 0)
+        code = int(stopped.code or 0)
+    if code == 0:
+        write_json(command.output / DONE_BY, command.record)
+    return code
 
 
 def read_result(command: Command) -> dict[str, Any] | None:
-    """Return the result of a finished command; None if there is none."""
+    """Return the result of a finished command; None if there is none.
+
+    Raises:
+        ValueError: It failed, wholly or for one of its methods.
+    """
     result = {"case": command.case, "backbone": command.backbone, "command": command.text, "constant": command.constant}
     stored = {name: _read(command.output / f"{name}.json") for name in ("compare", "folds", "grid")}
     if grid := stored["grid"]:
+        if reasons := Grid.read(command.output).failures():
+            raise ValueError("; ".join(reasons))
         parts = sorted(command.output.glob("*/compare.json"))
         return {**result, **_pick(grid, "methods", "columns"), "provenance": _read(parts[0])["provenance"]}
     if folds := stored["folds"]:
@@ -177,6 +210,8 @@ def read_result(command: Command) -> dict[str, Any] | None:
         return {**result, **_describe(command, folds, folds["metrics"]), "provenance": provenance}
     if compared := stored["compare"]:
         row = compared["rows"][0]
+        if row["status"] != "done":
+            raise ValueError(f"{row['method']} failed: {row['reason']}")
         described = _describe(command, compared, row["metrics"])
         return {**result, **_pick(row, "seeds", "images_per_s"), **described, **_pick(compared, "provenance")}
     return None
@@ -205,11 +240,17 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def keep(command: Command, results: Path) -> None:
-    """Write the result of a finished command into a folder."""
+    """Write the result of a finished command into a folder; without a result, nothing.
+
+    Raises:
+        ValueError: The command failed, or its result is of another command or other datasets.
+    """
     result = read_result(command)
-    if result is not None:
-        results.mkdir(parents=True, exist_ok=True)
-        (results / f"{command.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if result is None:
+        return
+    if _read(command.output / DONE_BY) != command.record:
+        raise ValueError("its result is not that of a finished run of this command. Run it again with --run")
+    write_json(results / f"{command.name}.json", result)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -235,7 +276,7 @@ def main() -> int:
     data = args.output / "data"
     constants = make_datasets(args.source, data, SMOKE if args.smoke else Sizes(), args.seed)
     write_configs(data)
-    failed = []
+    failed, not_kept = [], []
     for command in list_commands(args, constants):
         if args.only and command.case not in args.only:
             continue
@@ -243,10 +284,14 @@ def main() -> int:
         if args.run and run_command(command):
             failed.append(command.name)
         if args.keep:
-            keep(command, args.output / "results" if args.smoke else RESULTS)
+            try:
+                keep(command, args.output / "results" if args.smoke else RESULTS)
+            except ValueError as error:  # the others are kept
+                not_kept.append(f"{command.name} is not kept: {error}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    print("".join(f"{line}\n" for line in not_kept), end="", file=sys.stderr)
+    return 1 if failed or not_kept else 0
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow.parquet
 from cifar_tables import ANIMALS, compose
 from numpy.typing import NDArray
 from PIL import Image
+from result_files import write_json
 from sklearn.datasets import load_digits
 
 CLASSES = ("cat", "ship", "frog", "airplane")
@@ -228,12 +230,21 @@ MAKERS: dict[str, Callable[[Path, Path, Sizes, int], Constant]] = {
 
 
 def make_datasets(source: Path, folder: Path, sizes: Sizes, seed: int) -> dict[str, Constant]:
-    """Write all datasets that are not there yet; return the metrics of constant predictions by dataset."""
+    """Write all datasets, unless they are there with these sizes and of this seed.
+
+    Returns:
+        The metrics of constant predictions, by dataset.
+    """
     constants = {}
     for name, make in MAKERS.items():
         record = folder / f"{name}.json"
-        if not record.exists():
-            constant = make(source, folder / name, sizes, seed)
-            record.write_text(json.dumps(constant, indent=1) + "\n")
-        constants[name] = json.loads(record.read_text())
+        wanted = {"seed": seed, "sizes": asdict(sizes)}
+        before = json.loads(record.read_text()) if record.exists() else None
+        if before is None or before | wanted != before or "constant" not in before:
+            if before is not None:  # of another seed, other sizes, or stopped in the middle
+                shutil.rmtree(folder / name, ignore_errors=True)
+            write_json(record, wanted)
+            before = wanted | {"constant": make(source, folder / name, sizes, seed)}
+            write_json(record, before)
+        constants[name] = before["constant"]
     return constants

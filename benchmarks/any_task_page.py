@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.base.metric import Metric
+from petune.base.text import plural
 from petune.runner.grid import Grid
 
 RESULTS = Path(__file__).parent / "results" / "any_task"
@@ -98,10 +99,13 @@ def _short(heading: str) -> str:
 
 
 def _conditions(results: Mapping[tuple[str, str], Result]) -> str:
-    provenances = [result["provenance"] for result in results.values()]
-    commits = sorted({provenance["git"]["commit"][:7] for provenance in provenances})
-    first = provenances[0]
-    return (
-        f"Measured with {first['device']}, one thread, torch {first['versions']['torch']}, at "
-        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}. Every value: `benchmarks/results/any_task/`."
-    )
+    commits: dict[tuple[str, int, str], set[str]] = {}
+    for provenance in (result["provenance"] for result in results.values()):
+        conditions = provenance["device"], provenance["threads"], provenance["versions"]["torch"]
+        commits.setdefault(conditions, set()).add(provenance["git"]["commit"][:7])
+    parts = [
+        f"with {device}, {plural(threads, 'thread')}, torch {torch}, at commit{'s' * (len(several) > 1)} "
+        f"{', '.join(sorted(several))}"
+        for (device, threads, torch), several in commits.items()
+    ]
+    return f"Measured {'; '.join(parts)}. Every value: `benchmarks/results/any_task/`."
