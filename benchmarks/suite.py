@@ -23,18 +23,19 @@ from typing import Any, NoReturn
 
 from joined import joined
 from pydantic import Field
+from result_files import write_json
+from suite_piece import Piece, compare_config, merged, pretrain_config, rate_config
 
 import petune
 from petune.base.config import Config
-from petune.base.files import replace_file
 from petune.base.yaml_values import read_yaml
 from petune.cli.progress import ProgressDisplay
 from petune.runner.comparison import Comparison
 from petune.runner.executors import RUN, Executor, Work
 from petune.runner.file_names import SWEEP_TABLE
+from petune.runner.migrations import updated_result
 from petune.runner.report.tables import comparison_page
 from petune.runner.result import RunResult
-from petune.runner.run_name import directory_name
 
 HERE = Path(__file__).resolve().parent
 SUITES, RESULTS = HERE / "suites", HERE / "results"
@@ -51,26 +52,6 @@ class Expected(Config):
     top1: float
     range: tuple[float, float]
     source: str = ""
-
-
-class Rates(Config):
-    """The learning rates to try for each method, on val, with one seed.
-
-    Attributes:
-        values: By method; `default` is for methods that are not listed.
-        run: Options in which the trials differ from the comparison, such as fewer epochs.
-    """
-
-    values: dict[str, tuple[float, ...]]
-    run: dict[str, Any] = {}
-
-
-class Piece(Config):
-    """A pretraining if needed, the learning rates, and the comparison; arguments of `petune.pretrain` and so on."""
-
-    pretrain: dict[str, Any] | None = None
-    rates: Rates | None = None
-    compare: dict[str, Any]
 
 
 class Suite(Config):
@@ -122,17 +103,6 @@ def read_suite(name: str, smoke: bool = False) -> Suite:
         values["pieces"] = {name: merged(values["pieces"][name], overrides) for name in names}
         values["expected"] = dict.fromkeys(values["pieces"], expected)
     return Suite.build(values, f"{name}.yaml")
-
-
-def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` with `overrides`, key by key; a pretraining or rates that `values` lacks are not added."""
-    result = dict(values)
-    for key, value in overrides.items():
-        if key in {"pretrain", "rates"} and not values.get(key):
-            continue
-        section = result.get(key)
-        result[key] = merged(section, value) if isinstance(value, dict) and isinstance(section, dict) else value
-    return result
 
 
 def run_piece(
@@ -210,42 +180,6 @@ def need_finished(piece: Piece, directory: Path, methods: tuple[str, ...], known
         )
 
 
-def pretrain_config(piece: Piece, directory: Path) -> petune.PretrainConfig | None:
-    """Return the configuration of the pretraining, if the piece has one."""
-    if piece.pretrain is None:
-        return None
-    return petune.PretrainConfig.build(piece.pretrain | {"output": directory / "pretrain", "resume": True}, "pretrain")
-
-
-def rate_config(piece: Piece, directory: Path, method: str) -> petune.SweepConfig:
-    """Return the configuration of the sweep of a method's learning rate, lowest first."""
-    assert piece.rates is not None
-    values = sorted(piece.rates.values.get(method) or piece.rates.values["default"])
-    run = merged(_shared_run(piece, directory), piece.rates.run) | {"method": method}
-    fields = {"search": {"train.lr": values}, "trials": len(values), "test": False, "run": run}
-    return petune.SweepConfig.build(
-        fields | {"output": directory / "rates" / directory_name(method)}, f"rates of {method}"
-    )
-
-
-def compare_config(
-    piece: Piece, directory: Path, methods: tuple[str, ...], lrs: Mapping[str, float]
-) -> petune.CompareConfig:
-    """Return the configuration of the comparison, with the learning rate of each method."""
-    fields = {
-        "methods": methods,
-        "run": _shared_run(piece, directory),
-        "lrs": dict(lrs),
-        "output": directory / "compare",
-    }
-    return petune.CompareConfig.build(piece.compare | fields, "compare")
-
-
-def _shared_run(piece: Piece, directory: Path) -> dict[str, Any]:
-    weights = {} if piece.pretrain is None else {"weights": str(directory / "pretrain")}
-    return piece.compare["run"] | weights
-
-
 def chosen_rate(config: petune.SweepConfig, watch: Any, executor: str | Executor = "serial") -> dict[str, Any]:
     """Return the learning rate with the best top-1 on val; test is not read. `edge`: it is the lowest or highest."""
     table = petune.sweep(config, executor=executor, watch=watch)
@@ -294,15 +228,22 @@ def committed(piece: str) -> tuple[Comparison | None, dict[str, Any]]:
     directory = RESULTS / piece
     if not (directory / "compare.json").exists():
         return None, {"rates": {}, "pretrain": None}
-    record: dict[str, Any] = json.loads((directory / "suite.json").read_bytes())
+    record_file = directory / "suite.json"  # the table is written first: a kill can leave it alone
+    record = json.loads(record_file.read_bytes()) if record_file.exists() else {"rates": {}, "pretrain": None}
     return Comparison.read(directory), record
+
+
+def is_same_pretraining(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Compare results of a pretraining, which versions of petune write with different fields."""
+    results = [None if values is None else RunResult.model_validate(updated_result(values)) for values in (one, other)]
+    return results[0] == results[1]
 
 
 def keep(done: dict[str, Any], piece: str, order: Sequence[str]) -> dict[str, Any]:
     """Merge the results of a piece into the committed ones, write them there and return them."""
     new = Comparison.model_validate(done["compare"])
     old, record = committed(piece)
-    same = record["pretrain"] == done["pretrain"] if done["pretrain"] else None
+    same = is_same_pretraining(record["pretrain"], done["pretrain"]) if done["pretrain"] else None
     table = new if old is None else joined(old, new, order, same)
     lrs = {row.method: row.lr for row in table.rows}
     both = [*record["rates"].items(), *done["rates"].items()]
@@ -335,7 +276,7 @@ def write_record(
         "rates": done["rates"],
         "checks": [asdict(check) | {"good": check.good} for check in checks],
     }
-    replace_file(directory / "suite.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_json(directory / "suite.json", record)
     return checks
 
 

@@ -17,6 +17,7 @@ from petune.base.metric import Metric
 from petune.injector.registry import build_tuner
 from petune.runner.compare_config import CompareConfig
 from petune.runner.comparison import Comparison, Row
+from petune.runner.result import RunResult
 from petune.runner.stored_config import flatten
 from tests.sampling import sampled
 
@@ -266,6 +267,35 @@ def test_a_merged_table_records_where_each_run_was_measured() -> None:
     other = other.model_copy(update={"rows": (other.rows[0].model_copy(update={"lr": 0.5}),)})
     with pytest.raises(ValueError, match="linear: the committed row has another lr"):
         joined(_table("a", linear=(0, 1)), other, [])
+
+
+def test_results_can_be_kept_again_after_a_kill_between_the_table_and_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def done(**seeds: tuple[int, ...]) -> dict[str, object]:
+        return {"compare": _table("a", **seeds).model_dump(mode="json"), "rates": {}, "pretrain": None}
+
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    suite.keep(done(linear=(0,)), "one", [])
+    assert not (tmp_path / "one" / "suite.json").exists()  # the caller writes it
+    suite.keep(done(vpt=(0,)), "one", [])
+    assert [row.method for row in Comparison.read(tmp_path / "one").rows] == ["linear", "vpt"]
+
+
+def test_a_pretraining_of_an_older_petune_is_the_same_without_the_fields_of_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    result = RunResult.read(Path(__file__).parent / "golden" / "v0" / "vpt").model_dump(mode="json")
+    record = {"pretrain": {key: value for key, value in result.items() if key != "stopped_early"}, "rates": {}}
+    (tmp_path / "one").mkdir()
+    _table("a", linear=(0,)).write(tmp_path / "one")
+    (tmp_path / "one" / "suite.json").write_text(json.dumps(record))
+    new = {"compare": _table("a", vpt=(0,)).model_dump(mode="json"), "rates": {}}
+    with pytest.raises(ValueError, match="another recipe or backbone"):
+        suite.keep({**new, "pretrain": {**result, "seed": 7}}, "one", [])
+    suite.keep({**new, "pretrain": result}, "one", [])
+    assert [row.method for row in Comparison.read(tmp_path / "one").rows] == ["linear", "vpt"]
 
 
 def test_the_precision_can_differ_but_not_the_recipe() -> None:
