@@ -3,7 +3,7 @@
     python benchmarks/blocks.py                     # ViT-B at 224, about ten minutes on an idle machine
     python benchmarks/blocks.py --size vit_nano     # a small model, in a minute
     python benchmarks/blocks.py --choices last:1 last:6 every:3
-    python benchmarks/blocks.py --quick --output DIR # a toy model, to see that it runs
+    python benchmarks/blocks.py --quick             # a toy model, to see that it runs
 
 The steps of all choices run in turns in one process; a ratio is taken within a round and shown as the median over
 rounds with its range. That of CPU time depends less on what else the machine does. They are petune's own steps, as
@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from result_files import write_json
 from speed_peers import CPU, SIZES, petune_step
 
 from petune.base.files import replace_file
@@ -52,8 +53,7 @@ def main() -> None:
     }
     result["load_after"] = list(os.getloadavg())
     text = markdown(result)
-    options.output.mkdir(parents=True, exist_ok=True)
-    replace_file(options.output / f"blocks-{options.size}.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(options.output / f"blocks-{options.size}.json", result)
     replace_file(options.output / f"blocks-{options.size}.md", text.encode())
     print(text)
 
@@ -63,12 +63,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="vit_base_224")
     parser.add_argument("--choices", nargs="+", default=["last:1", "last:3", "last:6"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "speed")
+    parser.add_argument("--quick", action="store_true", help="a toy model")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/speed; with --quick runs/speed_quick")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.size, options.choices, options.rounds = "toy", ["last:1"], 2
+    folder = Path("runs") / "speed_quick" if options.quick else Path("benchmarks") / "results" / "speed"
+    options.output = options.output or ROOT / folder
     return options
 
 

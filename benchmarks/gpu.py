@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                               # ten minutes; writes benchmarks/results/gpu.json
     python benchmarks/gpu.py --minutes 5 --output DIR      # what matters most, into DIR/gpu.json
-    python benchmarks/gpu.py --smoke --output DIR          # a toy model on the CPU, to see that it runs
+    python benchmarks/gpu.py --smoke                       # a toy model on the CPU, to see that it runs
 
 Rows are measured in order of their importance, and each is written as soon as it is measured. A row that is not
 expected to fit into the time is left out, and named. A step and the one that it is compared with run in turns in one
@@ -13,7 +13,6 @@ vendor's peak for dense bfloat16. `python benchmarks/tables.py` shows the result
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
@@ -26,11 +25,13 @@ from card import describe_card
 from gpu_page import RESULT, markdown
 from gpu_rows import StepBench, base_precision_field, measure_bank, measure_int8
 from gpu_steps import GPU_SIZES, STEPS, StepKey
+from result_files import need_same_size, write_json
 
 from petune.base.files import replace_file
 from petune.runner.provenance import provenance
 from petune.training.precision import choose_device
 
+SMOKE_OUTPUT = Path(__file__).resolve().parents[1] / "runs" / "gpu_smoke"
 BANK_METHODS = ("adaptformer", "lora", "vpt")
 EXPECTED_S = {"step": 20.0, "compiled step": 75.0, "bank": 25.0, "int8": 60.0}
 """Time of the first row of a kind, in seconds."""
@@ -125,7 +126,7 @@ def _measured(row: Row, bench: StepBench) -> dict[str, Any]:
 def write(result: dict[str, Any], output: Path, ends_at: float) -> None:
     """Write gpu.json and gpu.md."""
     result["seconds_left"] = ends_at - time.perf_counter()
-    replace_file(output / RESULT.name, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(output / RESULT.name, result)
     replace_file(output / "gpu.md", (markdown(result) + "\n").encode())
 
 
@@ -142,7 +143,7 @@ def main() -> None:
     device = choose_device("cpu" if args.smoke else "auto")
     if device.type != "cuda" and not args.smoke:
         raise SystemExit("there is no NVIDIA GPU here. Use --smoke to see that the script runs")
-    args.output.mkdir(parents=True, exist_ok=True)
+    need_same_size(args.output / RESULT.name, args.smoke)
     bench = StepBench(device, 0.0 if args.smoke else args.seconds)
     result: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
@@ -168,10 +169,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=6, help="for the rounds of a row; at least 3 rounds")
     parser.add_argument("--sizes", nargs="+", choices=GPU_SIZES, default=["ViT-B", "ViT-L"])
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--output", type=Path, default=RESULT.parent)
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results, or runs/gpu_smoke with --smoke")
     parser.add_argument("--commit", help="of this code, where git cannot say")
     parser.add_argument("--smoke", action="store_true", help="a toy model on the CPU")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.output = args.output or (SMOKE_OUTPUT if args.smoke else RESULT.parent)
+    return args
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from card import commit_of
+from result_files import read_measured
 
 RESULT = Path(__file__).resolve().parent / "results" / "gpu.json"
 UNKNOWN = "–"
@@ -20,7 +20,7 @@ NOT_RUN = (
 
 def section(file: Path = RESULT) -> str:
     """Return the section of docs/speed.md."""
-    return "### On a GPU\n\n" + (markdown(json.loads(file.read_text())) if file.exists() else NOT_RUN) + "\n"
+    return "### On a GPU\n\n" + (markdown(read_measured(file)) if file.exists() else NOT_RUN) + "\n"
 
 
 def markdown(result: Mapping[str, Any]) -> str:

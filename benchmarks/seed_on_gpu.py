@@ -29,20 +29,20 @@ from typing import Any
 import torch
 from card import describe_card
 from pieces import MIB, join_pieces, write_pieces
+from result_files import need_same_size, write_json
 from seed_on_gpu_page import RESULT, SUITE
 from seed_plan import STAGES, Rate, epochs_left, plan_epochs, warm_up
 from suite import Piece, read_suite
 
 import petune
 from petune.base.errors import Stopped
-from petune.base.files import replace_file
-from petune.runner.provenance import provenance
+from petune.runner.provenance import device_name, git_state, provenance
 from petune.runner.result import RunResult
 from petune.training.events import EpochEnded, Note
 from petune.training.precision import choose_device
 
 ROOT = Path(__file__).resolve().parents[1]
-HOME = ROOT / "runs" / "seed_on_gpu"
+HOME, SMOKE_HOME = ROOT / "runs" / "seed_on_gpu", ROOT / "runs" / "seed_on_gpu_smoke"
 DATASETS = ("cifar100", "cifar10")
 
 
@@ -150,7 +150,7 @@ def make_plan(study: Study) -> dict[str, Any]:
 def _stored(path: Path, compute: Any) -> Any:
     """Return what an earlier call has written, or compute and write it."""
     if not path.exists():
-        replace_file(path, json.dumps(compute(), indent=1).encode())
+        write_json(path, compute())
     return json.loads(path.read_text())
 
 
@@ -168,7 +168,7 @@ def write_result(study: Study) -> dict[str, Any]:
     """Write what is on disk of plan and stages as one file, and return it."""
     plan_file = study.work / "plan.json"
     origin = provenance(study.device)
-    origin["git"] = origin["git"] or {"commit": study.commit, "dirty": False}
+    origin["git"] = commit_here(study.commit)
     result = {
         "command": shlex.join(["python", "benchmarks/seed_on_gpu.py", *sys.argv[1:]]),
         "card": describe_card(study.device),
@@ -180,7 +180,7 @@ def write_result(study: Study) -> dict[str, Any]:
         "expected": {what: e.model_dump() for what, e in read_suite(SUITE, study.smoke).expected[SUITE].items()},
         "stages": {stage: stage_record(study, stage) for stage in STAGES},
     }
-    replace_file(study.output / RESULT.name, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(study.output / RESULT.name, result)
     return result
 
 
@@ -217,6 +217,40 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def open_study(args: argparse.Namespace) -> Study:
+    """Return a new study, or the one that an earlier call began.
+
+    Raises:
+        SystemExit: It is of another size, device or commit, or its result would replace one of another size.
+    """
+    home = SMOKE_HOME if args.smoke else HOME
+    work, output = (args.work or home / "work").resolve(), (args.output or home).resolve()
+    need_same_size(output / RESULT.name, args.smoke)
+    device = choose_device("cpu" if args.smoke else "auto")
+    origin = {"smoke": args.smoke, "device": device_name(device), "commit": commit_here(args.commit)["commit"]}
+    started = _stored(work / "started.json", lambda: {"time": time.time(), **origin})
+    before = started if isinstance(started, dict) else {}  # an earlier version wrote only the time
+    if others := [key for key in origin if before.get(key, "unknown") != origin[key]]:
+        values = "; ".join(f"{key} {before.get(key, 'unknown')}, now {origin[key]}" for key in others)
+        raise SystemExit(f"the study in {work} was begun under other conditions: {values}. Use another --work")
+    return Study(
+        read_suite(SUITE, args.smoke).pieces[SUITE],
+        work,
+        output,
+        device,
+        started["time"] + 60 * args.minutes,
+        args.warm_up_s,
+        args.smoke,
+        args.minutes,
+        args.commit,
+    )
+
+
+def commit_here(given: str | None) -> dict[str, Any]:
+    """Return commit and dirty flag of this code; as given where git cannot say."""
+    return git_state() or {"commit": given, "dirty": False}
+
+
 def main() -> None:
     """Run the command line."""
     args = _arguments()
@@ -226,26 +260,14 @@ def main() -> None:
         for piece in write_pieces(files, args.to, args.piece_mib * MIB):
             print(piece)
         return
-    args.work.mkdir(parents=True, exist_ok=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    started = _stored(args.work / "started.json", time.time)
-    study = Study(
-        read_suite(SUITE, args.smoke).pieces[SUITE],
-        args.work.resolve(),
-        args.output.resolve(),
-        choose_device("cpu" if args.smoke else "auto"),
-        started + 60 * args.minutes,
-        args.warm_up_s,
-        args.smoke,
-        args.minutes,
-        args.commit,
-    )
-    if study.seconds_left <= 0 and not all(RunResult.exists(study.work / stage) for stage in STAGES):
-        raise SystemExit(
-            f"{args.minutes:g} minutes are over since the first call with {args.work}. Give more with --minutes, or "
-            "use another --work"
-        )
-    stop_after(min(60 * args.command_minutes, study.seconds_left))
+    study = open_study(args)
+    if not all(RunResult.exists(study.work / stage) for stage in STAGES):
+        if study.seconds_left <= 0:
+            raise SystemExit(
+                f"{args.minutes:g} minutes are over since the first call with {args.work}. Give more with --minutes, "
+                "or use another --work"
+            )
+        stop_after(min(60 * args.command_minutes, study.seconds_left))
     if not args.smoke:
         join_pieces(args.pieces, study.work / "data")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(Stopped.exit_code))  # petune has its own while it trains
@@ -267,13 +289,13 @@ def _arguments() -> argparse.Namespace:
     split.add_argument("--piece-mib", type=int, default=40)
     run = commands.add_parser("run", help="run the study, or continue it")
     run.add_argument("--pieces", type=Path, default=HOME / "pieces")
-    run.add_argument("--work", type=Path, default=HOME / "work", help="runs and checkpoints, 5 GB; /dev/shm is fastest")
-    run.add_argument("--output", type=Path, default=HOME, help="gets seed_on_gpu.json")
+    run.add_argument("--work", type=Path, help="runs and checkpoints, 5 GB; /dev/shm is fastest")
+    run.add_argument("--output", type=Path, help="gets seed_on_gpu.json; by default runs/seed_on_gpu")
     run.add_argument("--minutes", type=float, default=13, help="from the first call on, later calls included")
     run.add_argument("--command-minutes", type=float, default=9.5, help="stop this call then, to be resumed")
     run.add_argument("--warm-up-s", type=float, default=60)
     run.add_argument("--commit", help="of this code, where git cannot say")
-    run.add_argument("--smoke", action="store_true", help="on digits with a tiny model, on the CPU")
+    run.add_argument("--smoke", action="store_true", help="digits and a tiny model on the CPU, in folders of its own")
     return parser.parse_args()
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from card import commit_of
+from result_files import read_measured
 
 RESULT = Path(__file__).resolve().parent / "results" / "seed_on_gpu.json"
 SUITE = "paddle_study"
@@ -23,7 +23,7 @@ def section(file: Path = RESULT) -> list[str]:
     lines = ["### In a quarter of an hour on one GPU", ""]
     if not file.exists():
         return [*lines, f"{INTRODUCTION} **It has not been run yet**, because there was no GPU.", ""]
-    return [*lines, INTRODUCTION, "", *measured(json.loads(file.read_text())), ""]
+    return [*lines, INTRODUCTION, "", *measured(read_measured(file)), ""]
 
 
 def measured(result: Mapping[str, Any]) -> list[str]:

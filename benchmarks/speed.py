@@ -1,7 +1,7 @@
 """Measure how fast petune trains: against other code on the same model, and against what the processor can do.
 
     python benchmarks/speed.py                      # everything, at most 12 minutes on an idle machine
-    python benchmarks/speed.py --quick --output DIR # a toy model, to see that it runs
+    python benchmarks/speed.py --quick              # a toy model, to see that it runs
     python benchmarks/speed.py --sizes vit_nano --no-memory --compiled
     python benchmarks/speed.py --sizes vit_nano --no-memory --methods vpt ssf
     python benchmarks/speed.py --sizes vit_base_32 vit_base_224 --floor-alone 3  # three times, under five minutes
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import need_same_size, write_json
 from speed_peers import CPU, EXTRA, PEERS, SIZES, Size, methods_of, petune_step, trainer_of
 from torch.nn import functional as F
 
@@ -54,10 +55,12 @@ def main() -> None:
     if options.floor_alone:
         _print_floor_shares(options)
         return
+    need_same_size(options.output / "speed.json", options.quick)
     start = time.perf_counter()
     small = SIZES["toy" if options.quick else "vit_nano"]
     result: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+        "smoke": options.quick,
         "precision": choose_precision("auto", CPU),
         "provenance": provenance(CPU),
         "load": list(os.getloadavg()),
@@ -74,8 +77,7 @@ def main() -> None:
     result["time_s"] = time.perf_counter() - start
     result["load_after"] = list(os.getloadavg())
     text = markdown(result)
-    options.output.mkdir(parents=True, exist_ok=True)
-    replace_file(options.output / "speed.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(options.output / "speed.json", result)
     replace_file(options.output / "speed.md", text.encode())
     print(text, flush=True)
 
@@ -89,10 +91,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=[], help="also petune's steps with these, such as vpt ssf")
     parser.add_argument("--floor-alone", type=int, metavar="TIMES", help="only petune's step against the floor")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "speed")
+    parser.add_argument("--quick", action="store_true", help="a toy model")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/speed; with --quick runs/speed_quick")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    folder = Path("runs") / "speed_quick" if options.quick else Path("benchmarks") / "results" / "speed"
+    options.output = options.output or ROOT / folder
+    return options
 
 
 def _time_steps(size: Size, options: argparse.Namespace) -> dict[str, Any]:

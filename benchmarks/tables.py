@@ -19,6 +19,7 @@ import gpu_page
 import mini_vtab_page
 import seed_on_gpu_page
 from page_section import with_section
+from result_files import read_measured
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
 from petune.runner.comparison import Comparison
@@ -141,7 +142,7 @@ def speed() -> str:
     """Return the note on speed, and what benchmarks/speed.py wrote on each machine."""
     texts = [(RESULTS / "speed" / "NOTE.md").read_text(encoding="utf-8").strip(), ""]
     for directory in sorted(RESULTS.glob("speed*")):
-        device = json.loads((directory / "speed.json").read_text(encoding="utf-8"))["provenance"]["device"]
+        device = read_measured(directory / "speed.json")["provenance"]["device"]
         _, text = (directory / "speed.md").read_text(encoding="utf-8").split("# Speed\n\n")
         texts += [f"### {device}", "", text]
     texts += [gpu_page.section()]

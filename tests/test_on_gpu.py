@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import blocks
 import gpu
 import gpu_page
 import pytest
+import seed_on_gpu
 import seed_on_gpu_page
+import speed
 import torch
 from card import describe_card, peak_tflops
 from gpu_steps import GPU_SIZES, STEPS, peft_lora
@@ -99,6 +102,86 @@ def test_the_page_of_speed_says_that_nothing_has_been_run(tmp_path: Path) -> Non
     assert "It has not been run yet" in gpu_page.section(tmp_path / "none.json")
 
 
+def _main(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["seed_on_gpu.py", "run", *map(str, words)])
+    seed_on_gpu.main()
+
+
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch) -> list[seed_on_gpu.Study]:
+    """Return the studies that `main` runs, without training."""
+    begun: list[seed_on_gpu.Study] = []
+    monkeypatch.setattr(seed_on_gpu, "run_study", begun.append)
+    monkeypatch.setattr(seed_on_gpu, "write_result", lambda study: {"stages": {}})
+    monkeypatch.setattr(seed_on_gpu, "stop_after", lambda seconds: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return begun
+
+
+def test_a_study_is_continued_at_its_size_and_commit_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, studies: list[seed_on_gpu.Study]
+) -> None:
+    words = ("--work", tmp_path / "work", "--output", tmp_path, "--smoke")
+    monkeypatch.setattr(seed_on_gpu, "git_state", lambda: None)
+    for _ in range(2):
+        _main(monkeypatch, *words, "--commit", "a")
+    assert studies[0] == studies[1]
+    with pytest.raises(SystemExit, match=r"begun under other conditions: commit a, now b\. Use another --work"):
+        _main(monkeypatch, *words, "--commit", "b")
+    with pytest.raises(SystemExit, match="smoke True, now False"):
+        _main(monkeypatch, *words[:-1], "--commit", "a")
+    (tmp_path / "seed_on_gpu.json").write_text('{"smoke": false}')
+    with pytest.raises(SystemExit, match="the result of a measurement, which this one would replace"):
+        _main(monkeypatch, "--work", tmp_path / "other", "--output", tmp_path, "--smoke")
+    (tmp_path / "work" / "started.json").write_text("1000000000.0")  # as an earlier version wrote it
+    with pytest.raises(SystemExit, match="smoke unknown, now True"):
+        _main(monkeypatch, *words[:2], "--output", tmp_path / "new", "--smoke")
+
+
+def test_a_finished_study_is_not_stopped_when_its_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, studies: list[seed_on_gpu.Study]
+) -> None:
+    timers: list[float] = []
+    monkeypatch.setattr(seed_on_gpu, "stop_after", timers.append)
+    words = ("--work", tmp_path, "--output", tmp_path, "--smoke", "--minutes")
+    _main(monkeypatch, *words, 5)
+    assert len(timers) == 1
+    with pytest.raises(SystemExit, match="0 minutes are over"):
+        _main(monkeypatch, *words, 0)
+    for stage in STAGES:
+        shutil.copytree(ROOT / "tests" / "golden" / "v0" / "vpt", tmp_path / stage)
+    _main(monkeypatch, *words, 0)
+    assert len(timers) == 1
+    assert len(studies) == 2
+
+
+def test_trials_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written: list[Path] = []
+
+    def stop(file: Path, smoke: bool) -> None:
+        written.append(file)
+        raise SystemExit
+
+    for script, flag in ((gpu, "--smoke"), (speed, "--quick"), (blocks, "--quick")):
+        monkeypatch.setattr(script, "write_json", lambda file, values: stop(file, True))
+        monkeypatch.setattr(script, "need_same_size", stop, raising=False)
+        monkeypatch.setattr(sys, "argv", [script.__name__, flag])
+        if script is blocks:
+            monkeypatch.setattr(blocks, "_time_steps", lambda *_: {"step_s": {}})
+            monkeypatch.setattr(blocks, "_memory_of_process", lambda *_: {})
+            monkeypatch.setattr(blocks, "markdown", lambda _: "")
+        with pytest.raises(SystemExit):
+            script.main()
+    assert [str(file.relative_to(ROOT)) for file in written] == [
+        "runs/gpu_smoke/gpu.json", "runs/speed_quick/speed.json", "runs/speed_quick/blocks-toy.json",
+    ]  # fmt: skip
+    file = tmp_path / "result.json"
+    file.write_text('{"smoke": true}')
+    for section in (seed_on_gpu_page.section, gpu_page.section):
+        with pytest.raises(SystemExit, match="is the result of a trial"):
+            section(file)
+
+
 def test_rows_that_do_not_fit_are_left_out_and_failures_do_not_stop_the_others(tmp_path: Path) -> None:
     def fail() -> dict[str, Any]:
         raise RuntimeError("out of memory\non this card")
@@ -164,7 +247,7 @@ def test_the_study_is_stopped_killed_resumed_and_shown(tmp_path: Path) -> None:
             time.sleep(0.1)
         process.send_signal(number)
         assert process.wait(120) == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75}[number]
-        shown = "\n".join(seed_on_gpu_page.section(result))
+        shown = "\n".join(seed_on_gpu_page.measured(json.loads(result.read_text())))
         assert "| pretraining | digits | " in shown
         assert json.loads(result.read_text())["stages"]["pretrain"]["result"] is None
     subprocess.run(words, check=True, timeout=600)
@@ -173,7 +256,8 @@ def test_the_study_is_stopped_killed_resumed_and_shown(tmp_path: Path) -> None:
         "pretrain": 6
     }
     assert all(record["result"]["metrics"]["top1"] > 30 for record in stages.values())
-    assert "not yet" not in "\n".join(seed_on_gpu_page.section(result))
+    with pytest.raises(SystemExit, match="the result of a trial"):
+        seed_on_gpu_page.section(result)
 
 
 def test_the_peak_of_a_card_is_found_by_whole_words() -> None:

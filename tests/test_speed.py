@@ -54,6 +54,7 @@ def test_the_benchmark_runs_on_a_toy(tmp_path: Path) -> None:
     assert 0 < steps["floor_share"]["low"] <= steps["floor_share"]["median"] <= steps["floor_share"]["high"] < 1
     assert steps["petune_is_faster_by"]["petune adaptformer"]["median"] == 1
     assert found["provenance"]["device"]
+    assert found["smoke"] is True  # docs/speed.md refuses it
     page = (tmp_path / "speed.md").read_text()
     assert all(f"| {name} |" in page for name in PEERS)
     assert "`petune --help`: " in page
