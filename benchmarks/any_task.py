@@ -141,7 +141,7 @@ class Command:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a result must be of to be kept."""
+        """Command and seed that a result must be of to be kept."""
         return {"command": self.text, "data_seed": self.data_seed}
 
 
