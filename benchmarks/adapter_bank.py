@@ -28,6 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from page_section import with_section
+from result_files import write_json
+
+from petune.base.files import replace_file
 
 METHODS = ("adaptformer", "vpt", "lora", "houlsby", "bitfit", "norm", "partial", "peft:ia3")
 METHODS_OF_MEMORY = ("adaptformer", "lora")
@@ -144,24 +147,22 @@ def resident_bytes() -> int:
 
 
 def run(methods: Iterable[str]) -> dict[str, Any]:
-    """Measure each method in its own process; keep the rows of other methods."""
+    """Measure each method in its own process; keep the rows of other methods, each with its own provenance."""
     import torch
 
     from petune.runner.provenance import provenance
 
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-    rows = {row["method"]: row for row in results["rows"]}
-    memory = {(row["method"], row["limit"]): row for row in results.get("memory", [])}
+    shared = {"provenance": results["provenance"]} if "provenance" in results else {}  # of an earlier version
+    rows = {row["method"]: shared | row for row in results["rows"]}
+    memory = {(row["method"], row["limit"]): shared | row for row in results.get("memory", [])}
+    origin = {"provenance": provenance(torch.device("cpu"))}
     for method in methods:
-        rows[method] = in_own_process("--one", method)
+        rows[method] = in_own_process("--one", method) | origin
         for limit in (None, MAX_MEMORY) if method in METHODS_OF_MEMORY else ():
-            memory[method, limit] = in_own_process("--memory", method, str(limit or 0))
-        results = {
-            "rows": [rows[m] for m in METHODS if m in rows],
-            "memory": [*memory.values()],
-            "provenance": provenance(torch.device("cpu")),
-        }
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            memory[method, limit] = in_own_process("--memory", method, str(limit or 0)) | origin
+        results = {"rows": [rows[m] for m in METHODS if m in rows], "memory": [*memory.values()]}
+        write_json(RESULTS, results)
     return results
 
 
@@ -212,7 +213,7 @@ def mebibytes(size: int) -> str:
 
 def write_page(results: dict[str, Any]) -> None:
     """Put the table into docs/many-tasks.md."""
-    PAGE.write_text(with_section(PAGE, BEGIN, END, table(results)), encoding="utf-8")
+    replace_file(PAGE, with_section(PAGE, BEGIN, END, table(results)).encode())
 
 
 def main() -> None:

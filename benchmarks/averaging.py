@@ -21,6 +21,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from result_files import write_json
 
 import petune
 from petune.runner.provenance import provenance
@@ -106,17 +107,23 @@ class Study:
         return {"top1": test.metrics["top1"], "val": done.val, "coefficients": used, "bytes": done.bytes}
 
 
-def measure(name: str, folder: Path, methods: Sequence[str], rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rows of one setting.
+def measure(name: str, folder: Path, methods: Sequence[str], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return options and rows of one setting, each row with the provenances of its runs and of its averages.
 
     Args:
         name: The setting.
         folder: For runs and averages.
         methods: What to measure.
-        rows: Those that were measured before.
+        before: What this function returned earlier; rows of other methods stay as they are.
+
+    Raises:
+        SystemExit: The other rows have other options.
     """
     study = Study(name, folder)
-    rows = dict(rows)
+    options = {key: value for key, value in study.options.items() if key != "data_dir"}
+    num_test = len(petune.load_dataset(options["dataset"], study.options.get("data_dir")).test)
+    rows = kept_rows(before, methods, {"options": options, "num_test": num_test}) if before else {}
+    now = provenance(torch.device("cpu"))
     for method in methods:
         results = study.runs(method)
         singles = [result.metrics["top1"] for result in results]
@@ -127,17 +134,24 @@ def measure(name: str, folder: Path, methods: Sequence[str], rows: Mapping[str, 
             "best_on_val": singles[vals.index(max(vals))],
             "adapter_bytes": results[0].adapter_bytes,
             **{label: study.average(method, results, label) for label in AVERAGES},
+            "provenance": [*(result.provenance for result in results), now],
         }
         print(method, json.dumps(rows[method]), flush=True)
-    options = {key: value for key, value in study.options.items() if key != "data_dir"}
-    num_test = petune.load_dataset(options["dataset"], study.options.get("data_dir")).test
+    order = dict.fromkeys([*METHODS, COMMON_START, *rows])
     return {
         "setting": name,
         "options": options,
-        "num_test": len(num_test),
-        "rows": rows,
-        "provenance": provenance(torch.device("cpu")),
+        "num_test": num_test,
+        "rows": {key: rows[key] for key in order if key in rows},
     }
+
+
+def kept_rows(before: Mapping[str, Any], methods: Sequence[str], conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rows of other methods, with the provenance that an earlier version stored once for all of them."""
+    rows = {key: row for key, row in before["rows"].items() if key not in methods}
+    if other := [key for key in conditions if rows and before[key] != conditions[key]]:
+        raise SystemExit(f"the rows of {', '.join(rows)} have other {', '.join(other)}. Measure all, without --only")
+    return {key: {"provenance": row.get("provenance") or [before["provenance"]], **row} for key, row in rows.items()}
 
 
 if __name__ == "__main__":
@@ -147,7 +161,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", choices=[*METHODS, COMMON_START], help="other rows stay as they are")
     arguments = parser.parse_args()
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    before = known.get(arguments.setting, {}).get("rows", {})
+    before = known.get(arguments.setting) if arguments.only else None
     methods = arguments.only or [*METHODS, COMMON_START]
     measured = measure(arguments.setting, arguments.folder, methods, before)
-    RESULT.write_text(json.dumps({**known, arguments.setting: measured}, indent=1) + "\n")
+    write_json(RESULT, {**known, arguments.setting: measured})

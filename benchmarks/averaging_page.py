@@ -49,13 +49,26 @@ def _setting(measured: Mapping[str, Any]) -> list[str]:
     train = measured["options"]["train"]
     about = (
         f"{train['epochs']} epochs, {measured['num_test']:,} images of test: one image is "
-        f"{100 / measured['num_test']:.2f} points. Measured at {commit_of(measured)}."
+        f"{100 / measured['num_test']:.2f} points. Measured at {_commits(measured)}."
     )
-    return [*("| " + " | ".join(row) + " |" for row in table), "", about]
+    refused = [
+        f"- `{label}` of `{method}` is refused: {row[label]['refused']}"
+        for method, row in measured["rows"].items()
+        for label in AVERAGES
+        if "refused" in row[label]
+    ]
+    return [*("| " + " | ".join(row) + " |" for row in table), "", about, *(["", *refused] if refused else [])]
+
+
+def _commits(measured: Mapping[str, Any]) -> str:
+    """Return the commits of all rows; an earlier version stored one for all of them."""
+    shared = [measured["provenance"]] if "provenance" in measured else []
+    every = [one for row in measured["rows"].values() for one in row.get("provenance", shared)]
+    return ", ".join(dict.fromkeys(commit_of({"provenance": one}) for one in every))
 
 
 def _average(result: Mapping[str, Any]) -> str:
     if "refused" in result:
-        return "refused: no start in common"
+        return "refused"
     used = sum(coefficient != 0 for coefficient in result["coefficients"])
     return f"{result['top1']:.2f}" + (f" (of {used})" if result["val"] is not None else "")

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import transformers
+from result_files import write_json
 from survey.coverage import packages_of, sort_models
 from survey.found_once import found_once
 from survey.models import FAMILIES, build, example_of
@@ -36,11 +37,14 @@ from survey.table import page
 from survey.variants import walk
 
 import petune
+from petune.base.files import replace_file
 
 HERE = Path(__file__).resolve().parent
 RESULTS, VARIANTS = HERE / "results" / "backbones.json", HERE / "results" / "variants.json"
 COVERAGE = HERE / "results" / "transformers.json"
 PAGE = HERE.parent / "docs" / "backbones.md"
+SURVEYED = (":/petune", ":/plugins/petune-ssf", ":/benchmarks/survey")
+"""What a row depends on, for git: petune, the plugin that is a column, and the survey itself."""
 
 
 def main() -> None:
@@ -63,11 +67,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.all:
-        VARIANTS.write_text(json.dumps(walk(), indent=1) + "\n")
+        write_json(VARIANTS, walk())
         write({})
     elif args.coverage:
         kinds = sort_models(packages_of(json.loads(RESULTS.read_text())))
-        COVERAGE.write_text(json.dumps({"transformers": transformers.__version__, "kinds": kinds}, indent=1) + "\n")
+        write_json(COVERAGE, {"transformers": transformers.__version__, "kinds": kinds})
         write({})
     elif args.page:
         write({})
@@ -75,7 +79,7 @@ def main() -> None:
         families = [f for f in FAMILIES if args.only is None or any(part in f for part in args.only)]
         if args.resume:
             families = without_rows_since(families, args.resume)
-        commit = git("log", "-1", "--format=%H", "--", ":/petune")
+        commit = git("log", "-1", "--format=%H", "--", *SURVEYED)
         states: list[str] = []
         methods = {family: tuple(args.methods) for family in families}
         if args.missing:
@@ -105,9 +109,9 @@ def survey_all(methods: Mapping[str, Iterable[str]], jobs: int) -> Iterator[tupl
 
 
 def without_rows_since(families: list[str], commit: str) -> list[str]:
-    """Return the families without a row that was made with a commit, or a later one, of petune."""
-    since = git("log", "-1", "--format=%H", commit, "--", ":/petune")
-    later = {since, *git("log", "--format=%H", f"{since}..HEAD", "--", ":/petune").split()}
+    """Return the families without a row that was made with a commit, or a later one, of what rows depend on."""
+    since = git("log", "-1", "--format=%H", commit, "--", *SURVEYED)
+    later = {since, *git("log", "--format=%H", f"{since}..HEAD", "--", *SURVEYED).split()}
     known = known_rows()
     return [family for family in families if known.get(family, {}).get("commit") not in later]
 
@@ -144,8 +148,9 @@ def write(results: dict[str, object]) -> None:
     """Write results and page; the rows of families that were not surveyed this time stay as they are."""
     known = known_rows()
     merged = {family: {**known, **results}[family] for family in FAMILIES if family in {**known, **results}}
-    RESULTS.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(page(merged, FAMILIES, json.loads(VARIANTS.read_text()), json.loads(COVERAGE.read_text())))
+    replace_file(RESULTS, (json.dumps(merged, indent=1, ensure_ascii=False) + "\n").encode())
+    text = page(merged, FAMILIES, json.loads(VARIANTS.read_text()), json.loads(COVERAGE.read_text()))
+    replace_file(PAGE, text.encode())
 
 
 def survey(family: str, names: Iterable[str]) -> dict[str, Any]:

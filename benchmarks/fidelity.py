@@ -29,6 +29,7 @@ from fidelity_cases import CASES, Case
 from fidelity_page import RESULT, write_page
 from fidelity_pairs import Built
 from official_code import clone_of, commit_of, extracted
+from result_files import write_json
 from torch import Tensor
 
 
@@ -49,7 +50,7 @@ def main(clones: Path, methods: list[str]) -> int:
         rows += [row for row in old if _key(row) == (case.method, case.repository, case.of)]
     known = {_key(row) for row in rows}
     rows += [row for row in old if _key(row) not in known and not row["commit"]]
-    RESULT.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write_json(RESULT, {"rows": rows})
     write_page()
     return int(failed)
 
@@ -106,11 +107,12 @@ def compared(built: Built) -> tuple[float, float, float | None]:
         loss = (outputs[-1] * weights).sum()
         (loss + term() if built.term is not None else loss).backward()
     with torch.no_grad():
-        gradient = max(
+        gradients = [
             relative(pair.select(_gradient(pair.own)), pair.convert(_gradient(pair.official)))
             for pair in built.pairs
             if pair.own.grad is not None or pair.official.grad is not None
-        )
+        ]
+        gradient = float(torch.tensor(gradients, dtype=torch.float64).max())  # Python's max() can drop NaN
         unadapted = relative(plain(built, x_BCHW), outputs[0])
         assert unadapted > 1e-3, "the adapters do nothing"
         merged = None
@@ -145,8 +147,9 @@ def _gradient(tensor: Tensor) -> Tensor:
 
 
 def relative(own: Tensor, official: Tensor) -> float:
-    """Return the largest difference, divided by the largest value."""
-    return float((own - official).abs().max() / official.abs().max())
+    """Return the largest difference, divided by the largest value; NaN if there is one in either tensor."""
+    difference = (own - official).abs().max()
+    return float(difference / official.abs().max()) if difference else 0.0
 
 
 if __name__ == "__main__":

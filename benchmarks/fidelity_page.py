@@ -9,6 +9,8 @@ from typing import Any
 
 from page_section import with_section
 
+from petune.base.files import replace_file
+
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "fidelity.json"
 PAGE = ROOT / "docs" / "fidelity.md"
@@ -24,7 +26,7 @@ def page() -> str:
 
 def write_page() -> None:
     """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
+    replace_file(PAGE, page().encode())
 
 
 def section() -> str:
@@ -33,7 +35,7 @@ def section() -> str:
     lines = [
         "| method | authors' code | compared | logits | gradients | |",
         "| --- | --- | --- | ---: | ---: | --- |",
-        *map(_line, sorted(rows, key=lambda row: row["output"] > EXACT)),
+        *map(_line, sorted(rows, key=lambda row: not row["output"] <= EXACT)),
     ]
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import petune
 from petune.base.errors import AttachError, NotMergeable
+from petune.base.files import replace_file
 from petune.plugin_dev.tiny_models import tiny_timm
 from petune.tuners.peft_bridge.options import REFUSED, peft_types
 
@@ -87,4 +88,4 @@ def updated(page: str) -> str:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    replace_file(PAGE, updated(PAGE.read_text(encoding="utf-8")).encode())

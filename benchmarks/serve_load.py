@@ -5,7 +5,8 @@
 
 Two servers run at once, both on 127.0.0.1: one with a bank, one that computes the bare model for the same requests.
 They are asked in turns, so that other work on the machine affects both. Adapters are drawn by Zipf's law. Every answer
-is compared with that of the adapter loaded alone. While the bank is asked, an adapter is added and removed again.
+of the bank is compared with that of the adapter loaded alone, and a request without logits counts as wrong. While the
+bank is asked, an adapter is added and removed again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import base64
 import http.client
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,12 +27,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from page_section import with_section
+from result_files import write_json
+
+from petune.base.files import replace_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -99,8 +104,8 @@ class Client:
     """Asks one server from several threads.
 
     Attributes:
-        latencies: Seconds of each request.
-        wrong: Answers that are not those of the adapter alone.
+        latencies: Seconds of each request that was answered with logits.
+        wrong: Requests that failed, and answers that are not those of the adapter alone.
     """
 
     def __init__(self, kind: str, images: list[str], expected: dict[str, list[list[float]]]) -> None:
@@ -111,18 +116,18 @@ class Client:
         self.wrong: list[str] = []
 
     def round(self, jobs: list[tuple[str, int]]) -> float:
-        """Ask for these adapters and images from all clients at once; return requests per second."""
-        waiting = iter(jobs)
+        """Ask for these adapters and images from all clients at once; return answers per second."""
+        waiting, before = iter(jobs), len(self.latencies)
         lock = threading.Lock()
 
         def work() -> None:
-            connection = http.client.HTTPConnection("127.0.0.1", PORTS[self.kind], timeout=120)
-            while True:
-                with lock:
-                    job = next(waiting, None)
-                if job is None:
-                    return
-                self._ask(connection, *job)
+            with closing(http.client.HTTPConnection("127.0.0.1", PORTS[self.kind], timeout=120)) as connection:
+                while True:
+                    with lock:
+                        job = next(waiting, None)
+                    if job is None:
+                        return
+                    self._ask(connection, *job)
 
         threads = [threading.Thread(target=work) for _ in range(NUM_CLIENTS)]
         start = time.perf_counter()
@@ -130,25 +135,53 @@ class Client:
             thread.start()
         for thread in threads:
             thread.join()
-        return len(jobs) / (time.perf_counter() - start)
+        return (len(self.latencies) - before) / (time.perf_counter() - start)
 
     def _ask(self, connection: http.client.HTTPConnection, name: str, image: int) -> None:
-        start = time.perf_counter()
-        answer = post(connection, {"adapter": name, "image": self.images[image]})
+        start, wanted = time.perf_counter(), self.expected[name][image]
+        try:
+            answer = post(connection, {"adapter": name, "image": self.images[image]})
+            logits = logits_of(answer, len(wanted))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            connection.close()  # the next request opens it
+            self._note(name, image, f"{type(error).__name__}: {error}")
+            return
         self.latencies.append(time.perf_counter() - start)
-        if self.kind == "bank":
-            wanted = self.expected[name][image]
-            logits = answer.get("logits", [])
-            pairs = zip(logits, wanted, strict=False)
-            if len(logits) != len(wanted) or max(abs(a - b) for a, b in pairs) > TOLERANCE * max(map(abs, wanted)):
-                self.wrong.append(f"{name}, image {image}: {str(answer)[:200]}")
+        difference = max(abs(a - b) for a, b in zip(logits, wanted, strict=True))
+        if self.kind == "bank" and difference > TOLERANCE * max(map(abs, wanted)):
+            self._note(name, image, str(logits))
+
+    def _note(self, name: str, image: int, reason: str) -> None:
+        self.wrong.append(f"{self.kind}, {name}, image {image}: {reason[:200]}")
 
 
 def post(connection: http.client.HTTPConnection, content: dict[str, Any]) -> dict[str, Any]:
-    """Send one request and return the answer."""
+    """Send one request and return the answer.
+
+    Raises:
+        OSError, http.client.HTTPException: There is none.
+        ValueError: It is an error, or no JSON.
+    """
     connection.request("POST", "/predict", json.dumps(content), {"Content-Type": "application/json"})
-    answer: dict[str, Any] = json.loads(connection.getresponse().read())
+    response = connection.getresponse()
+    text = response.read().decode(errors="replace")
+    if response.status != http.client.OK:
+        raise ValueError(f"status {response.status}: {text}")
+    answer: dict[str, Any] = json.loads(text)
     return answer
+
+
+def logits_of(answer: Any, count: int) -> list[float]:
+    """Return the logits in an answer.
+
+    Raises:
+        ValueError: There are not as many finite numbers.
+    """
+    logits = answer.get("logits") if isinstance(answer, dict) else None
+    is_good = isinstance(logits, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in logits)
+    if not is_good or len(logits) != count:
+        raise ValueError(f"no {count} logits: {answer}")
+    return logits
 
 
 @contextmanager
@@ -198,7 +231,7 @@ def measure(prepared: Path | None) -> dict[str, Any]:
         folder = (prepared or Path(directory)) / "adapters"
         known = folder.parent / "expected.json"
         if not known.exists():
-            known.write_text(json.dumps(save_adapters(folder, images)), encoding="utf-8")
+            write_json(known, save_adapters(folder, images))
         expected = json.loads(known.read_text())
         encoded = [base64.b64encode(image).decode() for image in images]
         clients = {kind: Client(kind, encoded, expected) for kind in PORTS}
@@ -215,14 +248,17 @@ def measure(prepared: Path | None) -> dict[str, Any]:
                     rate = client.round(jobs)
                     rates[kind] += [rate] if number else []
                 change_adapters(folder, Path(directory), number)
+    wrong = [text for client in clients.values() for text in client.wrong]
+    if not all(rate for kind in rates for rate in rates[kind]):
+        raise SystemExit(f"a server answered no request of a round, so there is nothing to compare. First: {wrong[0]}")
     return {
         "bank_per_s": statistics.median(rates["bank"]),
         "bare_per_s": statistics.median(rates["bare"]),
         "ratio": statistics.median(a / b for a, b in zip(rates["bank"], rates["bare"], strict=True)),
         "p95_s": {kind: percentile(client.latencies, 95) for kind, client in clients.items()},
         "p50_s": {kind: percentile(client.latencies, 50) for kind, client in clients.items()},
-        "requests": len(clients["bank"].latencies),
-        "wrong": clients["bank"].wrong,
+        "requests": NUM_ROUNDS * REQUESTS,
+        "wrong": wrong,
     }
 
 
@@ -266,7 +302,7 @@ def text(results: dict[str, Any]) -> str:
 
 def write_page(results: dict[str, Any]) -> None:
     """Put the text into docs/many-tasks.md."""
-    PAGE.write_text(with_section(PAGE, BEGIN, END, text(results)), encoding="utf-8")
+    replace_file(PAGE, with_section(PAGE, BEGIN, END, text(results)).encode())
 
 
 def main() -> None:
@@ -282,7 +318,7 @@ def main() -> None:
     if not args.page:
         results = measure(args.adapters)
         print(json.dumps(results, indent=1))
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(RESULTS, results)
     write_page(json.loads(RESULTS.read_text()))
 
 

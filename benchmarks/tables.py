@@ -22,6 +22,7 @@ from page_section import with_section
 from result_files import read_measured
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
+from petune.base.files import replace_file
 from petune.runner.comparison import Comparison
 from petune.runner.report.tables import (
     UNKNOWN,
@@ -255,7 +256,7 @@ def main(check: bool) -> int:
         Comparison.read(RESULTS / name).write_pages(RESULTS / name)
     mini_vtab_page.write_figure(list(read_suite(mini_vtab_page.SUITE).pieces), read_results())
     for page, text in outdated.items():
-        page.write_text(text, encoding="utf-8")
+        replace_file(page, text.encode())
     return 0
 
 

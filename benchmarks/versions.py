@@ -21,6 +21,10 @@ import tomllib
 import venv
 from pathlib import Path
 
+from result_files import write_json
+
+from petune.base.files import replace_file
+
 ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "benchmarks" / "versions_worker.py"
 PAGE = ROOT / "docs" / "versions.md"
@@ -45,13 +49,16 @@ def main() -> None:
         work = arguments.work.resolve()
         work.mkdir(parents=True, exist_ok=True)
         interpreters = {"oldest": oldest_environment(work / "oldest"), "newest": Path(sys.executable)}
-        reports = moved_adapters(work, interpreters, arguments.models)
-        if arguments.models:
-            reports = merged(json.loads(RESULT.read_text())["reports"], reports)
         versions = {name: installed_versions(python) for name, python in interpreters.items()}
-        RESULT.write_text(json.dumps({"versions": versions, "reports": reports}, indent=1) + "\n")
+        before = json.loads(RESULT.read_text()) if arguments.models else None
+        if before is not None and before["versions"] != versions:
+            sys.exit(f"the other models were measured with other versions: {before['versions']}. Leave out --models")
+        reports = moved_adapters(work, interpreters, arguments.models)
+        if before is not None:
+            reports = merged(before["reports"], reports)
+        write_json(RESULT, {"versions": versions, "reports": reports})
     result = json.loads(RESULT.read_text())
-    PAGE.write_text(page(result["versions"], result["reports"]))
+    replace_file(PAGE, page(result["versions"], result["reports"]).encode())
     wrong = [key for report in result["reports"].values() for key, text in report.items() if is_wrong(text)]
     sys.exit(f"wrong or crashed: {', '.join(wrong)}" if wrong else 0)
 
@@ -71,9 +78,12 @@ def full_version(version: str) -> str:
 
 def oldest_environment(path: Path) -> Path:
     """Return the Python of an environment with the oldest libraries, on top of the packages of this one."""
-    python = path / "bin" / "python"
-    if (path / "complete").exists():
+    python, complete = path / "bin" / "python", path / "complete"
+    wanted = "\n".join([*lowest_versions(), *WITH_OLD_TRANSFORMERS])
+    if complete.exists() and complete.read_text() == wanted:
         return python
+    if (path / "pyvenv.cfg").exists():  # of other versions, or stopped in the middle
+        shutil.rmtree(path)
     venv.create(path, symlinks=True)
     packages = next(path.glob("lib/python*/site-packages"))
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(packages)]
@@ -81,7 +91,7 @@ def oldest_environment(path: Path) -> Path:
     subprocess.run([*install, torch, torchvision], check=True)
     subprocess.run([*install, "--no-deps", "--upgrade", *others, *WITH_OLD_TRANSFORMERS], check=True)
     (packages / "newest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    (path / "complete").touch()
+    complete.write_text(wanted)
     return python
 
 
@@ -93,12 +103,14 @@ def moved_adapters(work: Path, interpreters: dict[str, Path], models: list[str])
         shutil.rmtree(saved, ignore_errors=True)
         saved.mkdir()
         run(python, "save", saved, saved / "saved.json", *models)
+        report_of_saving = json.loads((saved / "saved.json").read_text())
+        crashed = {key: f"{text} (while saving)" for key, text in report_of_saving.items() if is_wrong(text)}
         for target, other in interpreters.items():
             if target == source:
                 continue
             report = work / f"{source}-{target}.json"
             run(other, "load", saved, report, *models)
-            reports[f"{source} → {target}"] = json.loads(report.read_text())
+            reports[f"{source} → {target}"] = json.loads(report.read_text()) | crashed
     return reports
 
 

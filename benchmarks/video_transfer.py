@@ -14,7 +14,6 @@ random order. By the set of its positions a shuffled clip still tells the axis o
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from moving_digits import DIRECTIONS, Form, make_clips
+from result_files import write_json
 
 import petune
 from petune.data.batches import eval_batches
@@ -115,7 +115,7 @@ def main(words: Sequence[str]) -> None:
             )
             rows[name].append(test(output, folder / "target"))
             print(f"{name}, seed {seed}: {rows[name][-1]}", flush=True)
-    (folder / "table.json").write_text(json.dumps(rows))
+    write_json(folder / "table.json", rows)
     print(table(rows))
     print(f"{time.process_time() - start:.0f} s of one core, torch {torch.__version__}")
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import fidelity
 import fidelity_page
 import pytest
+import torch
 from fidelity_cases import CASES
+from fidelity_pairs import Built, Pair
 from official_code import clone_of, commit_of, extracted, load
+from torch import Tensor, nn
 
 
 def test_every_case_has_a_row_and_only_a_choice_makes_a_difference() -> None:
@@ -20,8 +26,50 @@ def test_every_case_has_a_row_and_only_a_choice_makes_a_difference() -> None:
     assert sorted(keys) == sorted((case.method, case.repository, case.of) for case in CASES)
     for row in rows:
         by_choice = row["note"].startswith("by choice")
-        assert (row["output"] > fidelity_page.EXACT) is by_choice, row
+        assert (row["output"] <= fidelity_page.EXACT) is not by_choice, row  # also NaN is no equality
+        if row["gradient"] is not None:  # measured once, without gradients
+            assert (row["gradient"] <= 10 * fidelity_page.EXACT) is not by_choice, row
         assert len(row["commit"]) == 40 or row["note"], row
+
+
+class _Nan(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * float("nan")
+
+
+class _Toy(nn.Module):
+    def __init__(self, broken: bool) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.full((10,), x, dtype=torch.float64)) for x in (0.3, 0.7))
+        self.broken, self.on = broken, True
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        b = _Nan.apply(self.b) if self.broken else self.b
+        return x_BCHW.mean((1, 2, 3))[:, None] * self.on * self.a + self.on * b
+
+    def train(self, mode: bool = True) -> Self:
+        return self
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        self.on = False
+        yield
+        self.on = True
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_gradient_that_is_nan_is_not_equal(broken: bool) -> None:
+    official, own = _Toy(False), _Toy(broken)
+    pairs = [Pair(official.a, own.a), Pair(official.b, own.b)]  # Python's max() drops a NaN that is not the first
+    output, gradient, _ = fidelity.compared(Built(official, own, pairs, own))
+    assert (output, gradient) == pytest.approx((0.0, float("nan") if broken else 0.0), nan_ok=True)
 
 
 def test_code_of_a_clone_is_imported_and_forgotten(tmp_path: Path) -> None:
