@@ -55,6 +55,8 @@ def calibrating(model: nn.Module, log: EditLog) -> Iterator[None]:
             torch.manual_seed(SEED)
             for module, _ in modes:
                 module.training = False
+            for p, _ in gradients:  # a backward adds to what is there
+                p.grad = None
             yield
     except BaseException:
         with torch.no_grad():

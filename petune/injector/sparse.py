@@ -98,6 +98,8 @@ class SparseParameters(nn.Module):
         if self.merged:
             self.merged = not on
             return
+        if on == self.enabled:
+            return
         if not on:
             self.write()
             self._put(self._written.indices, self._written.original)
@@ -132,19 +134,35 @@ class SparseParameters(nn.Module):
     def watch(self, root: nn.Module) -> None:
         """Remember which module is the whole model."""
         self.__dict__["_root_of"] = (root,)
-        self._load_hook = root.register_load_state_dict_pre_hook(self._before_load)  # type: ignore[no-untyped-call]
+        self._load_hooks = (
+            root.register_load_state_dict_pre_hook(self._before_load),  # type: ignore[no-untyped-call]
+            root.register_load_state_dict_post_hook(self._after_load),  # type: ignore[no-untyped-call]
+        )
 
     @torch.no_grad()
     def _before_load(self, root: nn.Module, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Note the backbone's values of entries that a state_dict of the model chooses: it holds the trained ones."""
+        """Note the backbone's values of entries that a state_dict chooses: it may hold the trained ones."""
+        if self.merged or self.values.is_meta:
+            return
+        if self.enabled:
+            self._put(self._written.indices, self._written.original)
         path = next((path for path, module in root.named_modules() if module is self), "")
         indices = state.get(f"{prefix}{path}.indices")
-        if self.merged or not self.enabled or indices is None or indices.shape != self.indices.shape:
-            return
-        self._put(self._written.indices, self._written.original)
-        indices = indices.detach().to(self.indices, copy=True)
-        self._written.indices, self._written.original = indices, self._read(indices)
+        self._written.brings_entries = indices is not None
+        if indices is not None and indices.shape == self.indices.shape:
+            indices = indices.detach().to(self.indices, copy=True)
+            self._written.indices, self._written.original = indices, self._read(indices)
         self._written.version = None
+
+    @torch.no_grad()
+    def _after_load(self, root: nn.Module, keys: Any) -> None:
+        """Let the next forward write the trained values; without entries, the state_dict was the backbone's own."""
+        if self.merged or self.values.is_meta:
+            return
+        if not self._written.brings_entries:
+            self._written.original = self._read(self._written.indices)
+        elif not self.enabled:
+            self._put(self._written.indices, self._written.original)
 
     @property
     def _root(self) -> nn.Module | None:
@@ -156,7 +174,8 @@ class SparseParameters(nn.Module):
         if not self.merged:
             self.set_enabled(False)
         self._remove_hooks()
-        self._load_hook.remove()
+        for handle in self._load_hooks:
+            handle.remove()
 
     def _remove_hooks(self) -> None:
         for handle in self._written.handles.values():
@@ -248,6 +267,7 @@ class _Written:
         version: The state of values and indices that the weights hold.
         parts: Which of the values belong to which parameter, and the state of the indices that this holds for.
         handles: Of the hooks that collect gradients, by the id of their parameter.
+        brings_entries: The state_dict that is loaded has indices, and so may have trained values in the weights.
     """
 
     def __init__(self, indices: Tensor, original: Tensor) -> None:
@@ -256,6 +276,7 @@ class _Written:
         self.version: Any = None
         self.parts: tuple[Any, list[tuple[slice, Tensor]]] | None = None
         self.handles: dict[int, Any] = {}
+        self.brings_entries = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "handles": {}, "version": None, "parts": None}  # hooks stay with the original tensors

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
-from petune.injector.hooks.base import idempotent
 from petune.injector.placement import Placer, free_name
 from petune.injector.sparse import SparseParameters
 from petune.injector.trainable import added_to, host_for
@@ -36,12 +35,12 @@ class SparsePlacer:
         host = host_for(self.model.get_submodule(_common([path for path, _, _ in owners])))
         attribute = free_name(host, f"petune_{self.log.label}_entries")
         host.add_module(attribute, entries)
-        self.log.undo_steps += [lambda: delattr(host, attribute), entries.undo]
+        self.log.undo_steps += [lambda: delattr(host, attribute), entries.undo, _without_gradients(parameters)]
         self.log.sparse.append(entries)
         self.log.added_parameters.append(entries.values)
         self.log.added_buffers.append((entries, "indices"))
         self.log.changes_all_rows = True
-        self.log.toggles.append(idempotent(entries.set_enabled, on=True))
+        self.log.toggles.append(entries.set_enabled)
         self.log.merges.append(entries.merge)
         entries.watch(self.model)
         inner = (block.enter for block in self.sites.all_blocks)
@@ -114,6 +113,19 @@ class SparsePlacer:
         if not parameters:
             raise AttachError("edit.train with a mask was given no parameter. Take them from edit.model")
         return [found[id(p)] for p in parameters]
+
+
+def _without_gradients(parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+    """Take gradients from before off the parameters: no optimizer clears them. Return what puts them back."""
+    before = [(p, p.grad) for p in parameters if p.grad is not None]
+    for p, _ in before:
+        p.grad = None
+
+    def restore() -> None:
+        for p, gradient in before:
+            p.grad = gradient
+
+    return restore
 
 
 def _common(paths: Sequence[str]) -> str:

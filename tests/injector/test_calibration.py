@@ -227,3 +227,18 @@ def test_batches_are_read_lazily() -> None:
 
     attached(tuner=First()).calibrate(endless())
     assert len(read) == 1
+
+
+def test_gradients_from_before_attaching_choose_nothing() -> None:
+    model, fresh = tiny(), attached()
+    (100 * nn.functional.cross_entropy(model(X + 3), torch.tensor([2, 3]))).backward()
+    before = {p: p.grad for p in model.parameters()}
+    att = attached(model)
+    for one in (att, fresh):
+        one.calibrate(BATCHES)
+    assert torch.equal(att.tuner.entries.indices, fresh.tuner.entries.indices)
+    for one in (att, fresh):
+        steps(one, number=1)
+    assert torch.equal(att.tuner.entries.values, fresh.tuner.entries.values)
+    att.detach()
+    assert all(p.grad is before[p] for p in model.blocks.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -267,3 +268,68 @@ def test_each_of_some_parameters_needs_a_mask_also_where_one_is_fixed() -> None:
     with pytest.warns(UserWarning, match="frozen"):
         att = petune.attach(model, Custom(lambda edit: edit.train([fixed, free], mask=masks[:2])))
     assert att.counts.tuned == free.numel()
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_state_dict_that_is_loaded_is_known_to_hold_trained_values(disabled: bool) -> None:
+    model, base = tiny(), tiny()
+    att = attached(model)
+    for entries in att.edit_log.sparse:
+        entries.choose([mask.flip(0) for mask in entries.masks()])
+    train(att, torch.optim.AdamW(att.parameters(), lr=0.05))
+    trained, state = model(X), copy.deepcopy(model.state_dict())
+    other = tiny()
+    again = attached(other)
+    with again.disabled() if disabled else contextlib.nullcontext():
+        other.load_state_dict(state)
+        weights = dict(other.blocks.named_parameters())
+        if disabled:
+            assert all(torch.equal(weights[key], p) for key, p in base.blocks.named_parameters())
+    assert torch.equal(other.blocks(X.new_ones(1, 17, 24)), model.blocks(X.new_ones(1, 17, 24)))
+    other.load_state_dict({key: t for key, t in base.state_dict().items() if "head" not in key}, strict=False)
+    other.head.load_state_dict(model.head.state_dict())
+    assert torch.equal(other(X), trained)
+    again.detach()
+    assert all(torch.equal(other.get_parameter(key), p) for key, p in base.named_parameters() if "blocks" in key)
+    assert not other._load_state_dict_post_hooks
+
+
+def test_other_weights_that_are_loaded_are_the_backbones() -> None:
+    model, other = tiny(), tiny(seed=1)
+    att = attached(model)
+    train(att, torch.optim.AdamW(att.parameters(), lr=0.05))
+    model.load_state_dict(other.state_dict(), strict=False)
+    att.disable()
+    assert all(torch.equal(model.get_parameter(key), p) for key, p in other.named_parameters() if "head" not in key)
+
+
+class Shift(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+    def merge(self, module: nn.Linear) -> None:
+        module.bias.data += self.bias.data
+
+
+def test_after_a_merge_that_is_refused_entries_still_train() -> None:
+    def attach(edit: petune.Edit) -> None:
+        train_blocks(edit)
+        edit.after(edit.site(edit.model.head, 5), Shift(5))
+
+    model = tiny()
+    petune.attach(model, "linear")
+    att = petune.attach(model, Custom(attach), name="entries", train_head=False)
+    nn.init.ones_(next(p for key, p in att.tuned.items() if key.endswith("adapter.bias")))
+    before = model(X)
+    with pytest.raises(NotMergeable, match="linear trains in place"):
+        att.merge()
+    assert torch.equal(model(X), before)
+    train(att, torch.optim.SGD(att.parameters(), lr=0.1), steps=1)
+    model(X)
+    assert not torch.equal(model.blocks[0].mlp.fc1.weight, tiny().blocks[0].mlp.fc1.weight)
+    att.detach()
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, tiny().blocks[0].mlp.fc1.weight)
