@@ -270,7 +270,7 @@ class Attachment:
         try:
             yield
         finally:
-            if before != on:
+            if before != on and self.attached:
                 (self.enable if before else self.disable)()
 
     def enable(self) -> None:
@@ -377,7 +377,7 @@ class Attachment:
 
     def _exchange(self, on: bool, in_place: dict[str, Tensor]) -> None:
         """Give tensors that train in place their trained values, or the values they have without this attachment."""
-        self._state.values.set_enabled(self.edit_log.label, on, in_place)
+        self._state.set_enabled(self.edit_log.label, on, in_place)
         if in_place:
             forget_caches(self.model)
 

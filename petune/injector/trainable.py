@@ -112,6 +112,23 @@ class TrainableState(nn.Module):
         self.values.add(name, in_place, keep_original=keep_original)
         self._freeze()
 
+    def set_enabled(self, name: str, on: bool, in_place: Mapping[str, Tensor]) -> None:
+        """Enable or disable an attachment: exchange the values that it trains in place, and what is in train mode.
+
+        Args:
+            name: The attachment.
+            on: True to enable it.
+            in_place: By state_dict key, the tensors that it trains in place, as they are in the model now.
+        """
+        parts = self.attachments[name]
+        self.values.set_enabled(name, on, in_place)
+        if on:
+            for parameter in parts.set_aside:
+                parameter.requires_grad_(True)
+            parts.set_aside = ()
+        if self.model.training:
+            self.set_train(True)
+
     def unfrozen_by_hand(self) -> list[str]:
         """Return the keys of parameters that require a gradient though no attachment trains them.
 
@@ -150,8 +167,7 @@ class TrainableState(nn.Module):
         module has the mode of the model.
         """
         parts = self.attachments.pop(name, TrainedParts())
-        for values in parts.in_place.values():
-            values.trained.pop(name, None)
+        self.values.remove(parts, name)
         if self.attachments:
             self._freeze()
             return
@@ -201,7 +217,8 @@ class TrainableState(nn.Module):
             type(model).train(model, mode)
         if not self.attachments:  # all were detached, and someone has kept this method
             return model
-        moving = {id(m) for parts in self.attachments.values() for m in parts.modules} | {id(model)}
+        enabled = [parts for parts in self.attachments.values() if parts.enabled]
+        moving = {id(m) for parts in enabled for m in parts.modules} | {id(model)}
         moving |= {id(m) for holder in _holders(model) for m in holder.modules()}
         for module in model.modules():
             if id(module) not in moving:
@@ -220,7 +237,10 @@ class TrainableState(nn.Module):
         return trained | {id(t) for key, t in by_key.items() if key in in_place} | added_to(self.model)
 
     def _freeze(self) -> None:
-        trained = {p for parts in self.attachments.values() for p in parts.with_gradient()}
+        trained = {p for parts in self.attachments.values() if parts.enabled for p in parts.with_gradient()}
+        for parts in self.attachments.values():
+            own = set() if parts.enabled else parts.with_gradient() - trained
+            parts.set_aside = tuple(p for p in self.model.parameters() if id(p) in own)
         for parameter in self.model.parameters():
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_(id(parameter) in trained)

@@ -39,6 +39,7 @@ class TrainedParts:
         sparse: Entries that it trains of parameters that were in the model before.
         in_place: By state_dict key, the values of the tensors that it trains in place.
         enabled: False while the attachment is disabled.
+        set_aside: Parameters that were frozen because it was disabled when another attachment came or went.
     """
 
     parameters: tuple[nn.Parameter, ...] = ()
@@ -48,6 +49,7 @@ class TrainedParts:
     sparse: tuple[SparseParameters, ...] = ()
     in_place: dict[str, TensorValues] = field(default_factory=dict)
     enabled: bool = True
+    set_aside: tuple[Tensor, ...] = ()
 
     def with_gradient(self) -> set[int]:
         """Return the identities of the parameters that require a gradient: all that train, if only some entries."""

@@ -41,6 +41,17 @@ class ValuesInPlace:
             values.trained[name] = None
             self.attachments[name].in_place[key] = values
 
+    def remove(self, parts: TrainedParts, name: str) -> None:
+        """Forget an attachment that was taken out of `attachments`, with what it trained.
+
+        If the model still holds its value, as after a failed `attach`, that is the value of the one before it.
+        """
+        for values in parts.in_place.values():
+            is_in_model = values.trained.pop(name, None) is None
+            current = self._current_trainer(values)
+            if is_in_model and current is not None:
+                values.trained[current] = None
+
     @torch.no_grad()
     def set_enabled(self, name: str, on: bool, live: Mapping[str, Tensor]) -> None:
         """Enable or disable an attachment: exchange the values of what it trains in place.

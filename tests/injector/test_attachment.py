@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import petune
+from tests.injector.test_edit import Custom
 from tests.tiny import X, randomised, tiny
 
 
@@ -101,3 +102,45 @@ def test_what_is_merged_is_the_original_of_what_comes_after() -> None:
     randomised(second).enable()
     second.detach()
     assert torch.equal(model(X), expected)
+
+
+def test_a_disabled_method_leaves_the_backbone_frozen_and_in_eval_mode() -> None:
+    model = tiny()
+    model.blocks[0].mlp.norm = torch.nn.BatchNorm1d(17)
+    full = petune.attach(model, "full", train_head=False)
+    full.disable()
+    att = petune.attach(model, "bitfit", train_head=False)
+    before = model.blocks[0].mlp.norm.running_mean.clone()
+    model.train()(X)
+    assert torch.equal(model.blocks[0].mlp.norm.running_mean, before)
+    assert [p for p in model.parameters() if p.requires_grad] == att.parameters()
+    full.enable()
+    assert all(p.requires_grad for p in full.parameters())
+    model(X)
+    assert not torch.equal(model.blocks[0].mlp.norm.running_mean, before)
+    full.disable()
+    assert not model.blocks[0].mlp.norm.training
+
+
+def test_after_a_failed_attach_what_was_trained_since_is_merged() -> None:
+    model = tiny()
+    earlier, att = petune.attach(model, "linear", name="earlier"), petune.attach(model, "linear")
+    with pytest.raises(petune.ConfigError):
+        petune.attach(model, "linear", name="linear", blocks="last:9")
+    with pytest.raises(petune.AttachError):
+        petune.attach(model, Custom(lambda edit: edit.after(edit.site(model.head, 5), torch.nn.Linear(5, 4))), name="x")
+    torch.nn.init.ones_(model.head.weight)
+    att.merge()
+    torch.nn.init.zeros_(model.head.weight)
+    earlier.detach()
+    assert torch.equal(model.head.weight, torch.ones(5, 24))
+
+
+def test_it_may_be_detached_or_merged_while_it_is_disabled() -> None:
+    model = tiny()
+    for end in ("detach", "merge"):
+        att = randomised(petune.attach(model, "lora", train_head=False))
+        expected = model(X)
+        with att.disabled():
+            getattr(att, end)()
+    torch.testing.assert_close(model(X), expected)
