@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +32,12 @@ class SavedTraining:
     @classmethod
     def of(cls, saved: SavedAdapter) -> SavedTraining:
         """Read what an adapter says."""
-        keys = frozenset(key.removeprefix(FILE_PREFIX) for key in saved.tensors)
-        return cls(keys, frozenset(saved.config.get("left_fixed") or ()))
+        return cls.of_config(saved.tensors, saved.config.get("left_fixed"))
+
+    @classmethod
+    def of_config(cls, file_keys: Iterable[str], left_fixed: Iterable[str] | None) -> SavedTraining:
+        """Return the record for the file's keys of an adapter's tensors, and what its configuration says."""
+        return cls(frozenset(key.removeprefix(FILE_PREFIX) for key in file_keys), frozenset(left_fixed or ()))
 
 
 def fixed_parameters(

@@ -106,6 +106,10 @@ class PetuneConfig(PeftConfig):
         for key, value in migrate({**asdict(self), "behaviour": behaviour}).items():
             setattr(self, key, value)
 
+    def saved_training(self) -> SavedTraining | None:
+        """Return what an adapter that is loaded says about its training; None for a new one."""
+        return None if self.geometry is None else SavedTraining.of_config(self.addresses or {}, self.left_fixed)
+
     @property
     def is_adaption_prompt(self) -> bool:
         """True: the method has no layers of PEFT's, so PEFT enables and disables it as a whole."""
@@ -123,6 +127,7 @@ class PetuneModel(BaseTuner):
 
     Attributes:
         attachments: By PEFT's adapter name.
+        training_names: The adapters that train; a classifier that several have trains if one of them does.
     """
 
     prefix = "petune_"
@@ -130,6 +135,7 @@ class PetuneModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         object.__setattr__(self, "attachments", {})  # before nn.Module's __init__, and never a submodule
         self.enabled = True
+        self.training_names: set[str] = set()
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:  # type: ignore[override]
@@ -156,7 +162,7 @@ class PetuneModel(BaseTuner):
                 name=adapter_name,
                 train_head=config.train_head,
                 find=lambda: find_sites(model),
-                saved=SavedTraining(left_fixed=frozenset(config.left_fixed)) if config.left_fixed else None,
+                saved=config.saved_training(),
             )
         except BaseException:
             self.peft_config.pop(adapter_name, None)
@@ -166,14 +172,16 @@ class PetuneModel(BaseTuner):
         if config.geometry is None:  # a new adapter; a saved one describes its backbone already
             for key, value in attachment.describe().items():
                 setattr(config, key, value)
-        self._freeze_for_inference()
         self.active_adapter = adapter_name
+        self.set_requires_grad(adapter_name, not config.inference_mode)
 
-    def _freeze_for_inference(self) -> None:
-        """Freeze adapters that were loaded for inference: attaching and detaching sets what trains."""
-        for name in self.attachments:
-            if self.peft_config[name].inference_mode:
-                self.set_requires_grad(name, False)
+    def _freeze_others(self) -> None:
+        """Freeze adapters that do not train: attaching, detaching and enabling one lets all that it has train."""
+        names = self.training_names & self.attachments.keys()
+        trained = {id(p) for name in names for p in self.attachments[name].parameters()}
+        for attachment in self.attachments.values():
+            for p in attachment.parameters():
+                p.requires_grad_(id(p) in trained)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("PEFT calls this from its own inject_adapter, which is overridden here")
@@ -190,9 +198,9 @@ class PetuneModel(BaseTuner):
         active_before = self.active_adapters
         self._activate([])
         self.attachments.pop(adapter_name).detach()
+        self.training_names.discard(adapter_name)
         del self.peft_config[adapter_name]
         self._activate([name for name in active_before if name != adapter_name] or list(self.attachments)[:1])
-        self._freeze_for_inference()
 
     def unload(self) -> nn.Module:
         """Detach all adapters and return the backbone as it was, bit for bit."""
@@ -204,19 +212,29 @@ class PetuneModel(BaseTuner):
         model: nn.Module = self.model
         return model
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Return the backbone with the active adapter folded in; see `Attachment.merge`.
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Return the backbone with one adapter folded in; see `Attachment.merge`. The others are removed.
+
+        Args:
+            progressbar, safe_merge: PEFT's, without effect: every merge is checked.
+            adapter_names: A list with the name of the adapter; None for the active one.
 
         Raises:
             NotMergeable: The method is not a change of weights. Nothing has changed.
+            UsageError: It is not exactly one adapter.
         """
-        active = self.active_adapters
-        if len(active) != 1 or not self.enabled:
-            raise UsageError(f"merging needs exactly one active adapter, but {active or 'none'} is active")
-        for name in [name for name in self.attachments if name not in active]:
-            self.delete_adapter(name)
-        self.attachments[active[0]].merge()
-        self.attachments.pop(active[0])
+        active_before = self.active_adapters
+        names = adapter_names if adapter_names is not None else active_before if self.enabled else []
+        if isinstance(names, str) or len(names) != 1 or names[0] not in self.attachments:
+            raise UsageError(
+                f"merge_and_unload merges exactly one adapter, not {names or 'none'}. Activate one by set_adapter, or "
+                f"give adapter_names a list with one of {', '.join(self.attachments)}"
+            )
+        with self._temporarily_active(names[0]):
+            self.attachments[names[0]].merge()
+            del self.attachments[names[0]]
         return self.unload()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -226,9 +244,8 @@ class PetuneModel(BaseTuner):
             raise UsageError(
                 f"one adapter of petune can be active here, not {names}. Use petune.AdapterBank for a mixed batch"
             )
+        self.training_names = set() if inference_mode else set(names)
         self._activate(names)
-        self.set_requires_grad(list(self.attachments), False)
-        self.set_requires_grad(names, not inference_mode)
 
     def enable_adapter_layers(self) -> None:
         """Let the active adapter take effect again."""
@@ -244,10 +261,9 @@ class PetuneModel(BaseTuner):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or freeze them."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
-            for p in self.attachments[name].parameters():
-                p.requires_grad_(requires_grad)
+        names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
+        self.training_names = self.training_names | names if requires_grad else self.training_names - names
+        self._freeze_others()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to merge: petune does not unmerge.
@@ -284,6 +300,7 @@ class PetuneModel(BaseTuner):
         for name in names if self.enabled else []:
             self.attachments[name].enable()
         self.active_adapter = names[0] if len(names) == 1 else names
+        self._freeze_others()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave the adapters' dtype alone: petune has set it."""

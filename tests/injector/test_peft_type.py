@@ -249,3 +249,60 @@ def test_what_the_author_fixed_is_known_to_peft(tmp_path: Path) -> None:
         theirs.save_pretrained(tmp_path / place)
         again = petune.load(tiny_models()["timm"](), tmp_path / place)
         assert torch.equal(logits(again.model), expected)
+
+
+def two_repadapters() -> Any:
+    model = peft.get_peft_model(tiny(), PetuneConfig(tuner="repadapter"), "a")
+    model.add_adapter("b", PetuneConfig(tuner="repadapter"))
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        for p in model.base_model.attachments[name].tuned.values():
+            nn.init.normal_(p, std=0.3)
+    return model
+
+
+def test_the_adapter_that_is_named_is_merged() -> None:
+    model = two_repadapters()
+    model.set_adapter("a")
+    expected = logits(model)
+    model.set_adapter("b")
+    for names in (["a", "b"], [], ["c"], "a"):
+        with pytest.raises(UsageError, match="exactly one adapter"):
+            model.merge_and_unload(adapter_names=names)
+    merged = model.merge_and_unload(adapter_names=["a"])
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    assert list(merged.state_dict()) == list(tiny().state_dict())
+
+
+def test_a_merge_that_is_refused_deletes_no_adapter() -> None:
+    model = two_repadapters()
+    model.add_adapter("c", PetuneConfig(tuner="adaptformer"))
+    before = logits(model)
+    with pytest.raises(NotMergeable):
+        model.merge_and_unload(adapter_names=["c"])
+    assert list(model.base_model.attachments) == ["a", "b", "c"]
+    assert model.active_adapter == "b"
+    assert torch.equal(logits(model), before)
+
+
+def test_the_classifier_trains_while_others_are_loaded_and_deleted(tmp_path: Path) -> None:
+    for name in ("a", "c"):
+        trained("adaptformer", tiny()).save(tmp_path / name)
+    model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"), adapter_name="a")
+    model.add_adapter("b", PetuneConfig(tuner="repadapter"))
+    model.set_adapter("b")
+    own = model.base_model.attachments["b"].parameters()
+    model.load_adapter(str(tmp_path / "c"), adapter_name="c")
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in own}
+    model.delete_adapter("c")
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in own}
+    assert model.base_model.model.head.weight.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:full trains 1 parameter")
+def test_what_was_trained_although_the_author_fixed_it_loads_with_peft(tmp_path: Path) -> None:
+    att = trained("full", tiny().requires_grad_(False))
+    att.save(tmp_path)
+    fresh = tiny()
+    fresh.pos_embed.requires_grad_(False)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, str(tmp_path))), logits(att.model))
