@@ -55,7 +55,7 @@ class Forwards:
         for tensor in tensors_returned(output):
             if tensor.grad_fn is not None:
                 metadata: Any = tensor.grad_fn.metadata  # torch's stubs call it a method
-                metadata["petune_forward"] = graph
+                metadata[f"petune_forward_{id(self)}"] = graph  # each attachment has its own
 
     def take(self) -> list[Tensor]:
         """Return the losses that count, in the order in which the adapters were declared; none is left."""

@@ -13,6 +13,9 @@ from petune.base.errors import AttachError
 from petune.injector.keys import named_parameters
 from petune.sites.file_values import original_values
 
+CHUNK = 1 << 17
+"""Integers that are weighed at a time: few, because each chunk takes as much memory again."""
+FACTOR = 1_000_003
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size in bytes, the integers that values are read as."""
 
@@ -66,14 +69,24 @@ def checksums(tensors: dict[str, Tensor]) -> dict[str, Checksum]:
 
 
 def _total(values: Tensor) -> int:
-    """Return the sum of the values' bits, read as large integers: the larger they are, the fewer to add."""
+    """Return a number made of the values' bits, read as large integers: the larger they are, the fewer to add."""
     flat = (torch.view_as_real(values) if values.is_complex() else values).contiguous().reshape(-1)
     per_word = 8 // flat.element_size()
-    whole = flat.numel() // per_word * per_word
     if flat.storage_offset() % per_word:  # words begin at multiples of their size
-        whole = 0
+        flat = flat.clone()
+    whole = flat.numel() // per_word * per_word
     words, rest = flat[:whole].view(torch.int64), flat[whole:].view(INTEGERS[flat.element_size()])
-    return int(words.sum()) + int(rest.sum(dtype=torch.int64))
+    return int(_weighed(words) * FACTOR + _weighed(rest))
+
+
+def _weighed(words: Tensor) -> Tensor:
+    """Return the sum of integers weighed by their positions, modulo 2^64: values in another order differ, too."""
+    total = words.new_zeros((), dtype=torch.int64)
+    weights = torch.arange(1, 2 * min(len(words), CHUNK) + 1, 2, device=words.device)
+    for start in range(0, len(words), CHUNK):
+        chunk = words[start : start + CHUNK]
+        total = total * FACTOR + (chunk * weights[: len(chunk)]).sum()
+    return total
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

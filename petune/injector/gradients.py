@@ -42,8 +42,8 @@ def check_gradients(
             f"{plural(len(missing), 'parameter')} of {name} got no gradient, such as {', '.join(missing[:3])}: the "
             "output of the model does not depend on them. Use another method on this model"
         )
-    # if the classifier has no gradient either, everything is learned
-    if under_way and tuned and _learns(head) and not _learns(tuned):
+    # if a classifier that trains has no gradient either, everything is learned
+    if under_way and tuned and (_learns(head) or not head) and not _learns(tuned):
         raise DeadSite(
             f"{name} does not learn: all gradients are zero ({plural(len(tuned), 'tensor')}). Check its options "
             "(a scale of 0, a dropout of 1), or use another method"

@@ -22,6 +22,7 @@ from petune.sites.sites import Sites
 MAX_CHANGE = 1e-3
 """Tolerated change of the logits, relative to the largest."""
 MAX_CHANGE_IN_HALF = 5e-2
+HALF = {torch.float16, torch.bfloat16}
 
 
 def fold(model: nn.Module, sites: Sites, log: EditLog, state: TrainableState, name: str) -> None:
@@ -47,7 +48,7 @@ def fold(model: nn.Module, sites: Sites, log: EditLog, state: TrainableState, na
         log.set_enabled(False)
         largest = max(max_value(expected), torch.finfo(expected.dtype).tiny)
         change = max_difference(synthetic_logits(model, sites), expected) / largest
-        if not change < (MAX_CHANGE if expected.dtype == torch.float32 else MAX_CHANGE_IN_HALF):
+        if not change < (MAX_CHANGE_IN_HALF if expected.dtype in HALF else MAX_CHANGE):
             raise NotMergeable(
                 f"{name} computes something else when folded: its output moves by {change:.2g}. The model may "
                 "read these weights elsewhere, too: use the adapter unmerged. Of a method of your own, mend its merge",

@@ -283,13 +283,13 @@ def test_an_adapter_that_does_nothing_is_an_error() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 0 * super().forward(x)
 
-    att = petune.attach(
-        tiny(), Custom(lambda edit: edit.parallel(edit.sites.blocks[0], edit.sites.blocks[0], Off(24, 24)))
-    )
-    steps(att)
-    att.check_gradients()
-    with pytest.raises(DeadSite, match=r"all gradients are zero \(2 tensors\)"):
-        att.check_gradients(under_way=True)
+    method = Custom(lambda edit: edit.parallel(edit.sites.blocks[0], edit.sites.blocks[0], Off(24, 24)))
+    for train_head in (False, True):
+        att = petune.attach(tiny(), method, train_head=train_head)
+        steps(att)
+        att.check_gradients()
+        with pytest.raises(DeadSite, match=r"all gradients are zero \(2 tensors\)"):
+            att.check_gradients(under_way=True)
     for p in att.head.values():
         p.grad = torch.zeros_like(p)  # the loss is exactly zero: everything is learned
     att.check_gradients(under_way=True)

@@ -280,3 +280,21 @@ def test_after_a_forward_a_model_can_be_copied_whatever_its_adapters_keep(verb: 
     att.model(X)
     with att.disabled():
         assert att.loss(0) == 0.0
+
+
+def test_both_views_count_with_a_second_attachment_too() -> None:
+    class Sums(Gates):
+        def aux_loss(self, values: list[Tensor]) -> Tensor:
+            return torch.stack(values).sum()
+
+    model = tiny()
+    first = petune.attach(model, Sums(), name="first")
+    petune.attach(model, Sums(), name="second")
+    first.train()
+    alone = []
+    for x in (X, X.flip(1)):
+        model(x)
+        alone.append(number(first.loss(0)))
+    views = [model(X), model(X.flip(1))]
+    assert number(first.loss(0)) == pytest.approx(sum(alone))
+    assert len(views) == 2

@@ -157,3 +157,22 @@ def test_a_merge_does_not_hide_what_was_changed_by_hand(tmp_path: Path) -> None:
     lora.merge()
     with pytest.warns(UserWarning, match=r"norm\.weight"):
         att.save(tmp_path / "out")
+
+
+def test_values_in_another_order_are_named(tmp_path: Path) -> None:
+    model = tiny()
+    att = petune.attach(model, "adaptformer")
+    for weight, dim in ((model.patch_embed.proj.weight, 1), (model.pos_embed, 1), (model.norm.weight, 0)):
+        weight.data = weight.data.flip(dim)
+    with pytest.warns(UserWarning, match=r"patch_embed\.proj\.weight, pos_embed|pos_embed, patch_embed\.proj\.weight"):
+        att.save(tmp_path / "out")
+
+
+def test_a_parameter_may_begin_anywhere_in_its_memory(tmp_path: Path) -> None:
+    model = tiny()
+    model.norm.weight = torch.nn.Parameter(torch.ones(25)[1:])
+    att = petune.attach(model, "adaptformer")
+    assert saves_without_a_warning(att, tmp_path / "same")
+    model.norm.weight.data[3] += 1
+    with pytest.warns(UserWarning, match=r"norm\.weight"):
+        att.save(tmp_path / "out")

@@ -50,7 +50,8 @@ def test_methods_that_cannot_be_merged_say_why(method: str) -> None:
         assert torch.equal(att.model(X), before)
 
 
-def test_a_wrong_merge_is_detected_and_undone() -> None:
+@pytest.mark.parametrize(("factor", "dtype"), [(3, torch.float32), (2.2, torch.float32), (2.2, torch.float64)])
+def test_a_wrong_merge_is_detected_and_undone(factor: float, dtype: torch.dtype) -> None:
     class Wrong(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -60,16 +61,17 @@ def test_a_wrong_merge_is_detected_and_undone() -> None:
             return x * self.scale
 
         def merge(self, module: nn.Module) -> None:
-            module.fc2.weight.data.mul_(3)
+            module.fc2.weight.data.mul_(factor)
+            module.fc2.bias.data.mul_(factor)
 
     class Tuner(petune.Tuner[petune.TunerConfig]):
         def attach(self, edit: petune.Edit) -> None:
             for block in edit.sites.blocks:
                 edit.after(block.mlp, Wrong())
 
-    att = petune.attach(tiny_timm(), Tuner())
+    att = petune.attach(tiny_timm().to(dtype), Tuner())
     with torch.no_grad():
-        before = att.model(X)
+        before = att.model(X.to(dtype))
         with pytest.raises(NotMergeable, match="computes something else"):
             att.merge()
-        assert torch.equal(att.model(X), before)
+        assert torch.equal(att.model(X.to(dtype)), before)
