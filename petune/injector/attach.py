@@ -28,7 +28,7 @@ from petune.injector.fixed_parameters import SavedTraining
 from petune.injector.hooks.base import described
 from petune.injector.keys import label_of, named_parameters
 from petune.injector.new_weights_check import check_new_weights
-from petune.injector.registry import TUNERS, build_tuner, parse_method
+from petune.injector.registry import TUNERS, build_tuner, parse_method, registered_name
 from petune.injector.trainable import TrainableState, check_not_in_bank, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
 from petune.injector.unreached import warn_of_ignored_images
@@ -127,6 +127,7 @@ def attach_tuner(
     check_not_in_bank(model)
     with ordinary_tensors(model):
         tuner = copy.copy(build_tuner(method, **options))  # a tuner stores facts about its model, so copy it
+        tuner.method = tuner.method or registered_name(type(tuner))
         name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
         label = label_of(name)
         new = new_weights(model) if trainable_state_of(model) is None and train_head else NewWeights(is_known=False)

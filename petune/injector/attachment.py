@@ -46,7 +46,7 @@ class Attachment:
         tensors: What trains and what is saved, for the framework.
         edit_log: What the tuner did to the model, for the framework.
         attached, enabled: False once it was detached or merged; False while it is disabled.
-        method: The method's name in the registry; the attachment's name for a tuner that was made by hand.
+        method: The method's name in the registry; the attachment's name for a tuner that is not registered.
     """
 
     def __init__(

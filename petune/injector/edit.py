@@ -201,6 +201,8 @@ class Edit:
         parameters = [p for p in given if id(p) not in fixed]
         self._log.left_fixed += [p for p in given if id(p) in fixed]
         if mask is not None:
+            if given and not parameters:
+                SparsePlacer(self._placer).refuse_fixed(given)
             if len(parameters) < len(given) == len(mask):
                 mask = [entries for p, entries in zip(given, mask, strict=True) if id(p) not in fixed]
             return SparsePlacer(self._placer).train_entries(parameters, mask)

@@ -15,7 +15,8 @@ CALLS = {
     "calibrate": "Call att.calibrate(batches) with training batches before the first step",
     "on_train_start": "Call att.on_train_start(total_steps) before the first step",
     "loss": "Add it in each step: loss = loss + att.loss(step)",
-    "on_step_end": "Call att.on_step_end(step) after each optimizer.step()",
+    "on_step_end": "Call att.on_step_end(step) after each optimizer.step(), and let that change parameters once "
+    "(LBFGS: max_iter=1)",
 }
 """The calls that a method can need, and the advice to a loop without it."""
 REASONS = {

@@ -64,6 +64,16 @@ def load_tuner(name: str) -> type[Tuner[Any]]:
     return load_plugin(TUNERS, name, Tuner, TunerConfig)
 
 
+def registered_name(cls: type[Tuner[Any]]) -> str:
+    """Return the name that a tuner's class is registered under; empty for one that is not."""
+    for record in list_tuners():
+        module, _, name = record.target.partition(":")
+        is_near = module.partition(".")[0] == cls.__module__.partition(".")[0]  # imported already
+        if is_near and name == cls.__qualname__ and record.state == "ok" and load_tuner(record.name) is cls:
+            return record.name
+    return ""
+
+
 def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner[Any]:
     """Build a configured tuner.
 

@@ -84,6 +84,18 @@ class SparsePlacer:
                     "or attach one of them to a copy of the model, or load both into an AdapterBank"
                 )
 
+    def refuse_fixed(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Refuse parameters of which entries were to train, and that the model's author has fixed.
+
+        Raises:
+            AttachError: Always.
+        """
+        raise AttachError(
+            f"{self.log.label} would train entries of {self._path_of(parameters[0])} and no other parameter, but its "
+            "author fixed it (requires_grad=False among others that train). Call requires_grad_(True) on it before "
+            "attaching, or use another method"
+        )
+
     def _path_of(self, p: Tensor) -> str:
         return next(path for path, q in self.model.named_parameters() if q is p)
 

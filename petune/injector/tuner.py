@@ -118,7 +118,7 @@ class Tuner(Generic[ConfigT]):
         identity_at_init: True if the model computes the same as before right after attaching.
         may_lack_gradients: True if parameters may go without a gradient in a step: a supernet trains one path at a
             time. Some must have one in every step.
-        method: The name under which the tuner was built; empty for one that was made by hand.
+        method: The name under which the tuner was built; `attach` sets it for one that was made by hand, if registered.
         config: The options of this instance.
     """
 

@@ -219,3 +219,14 @@ def test_metadata_of_any_kind_loads_and_what_fails_is_taken_off_again(
             petune.load(model, tmp_path / "a")
     assert list(model.state_dict()) == before
     assert petune.load(model, tmp_path / "a").attached
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "prefix"])
+def test_a_tuner_of_a_registered_class_is_saved_by_its_registered_name(method: str, tmp_path: Path) -> None:
+    cls = type(petune.attach(tiny(), method).tuner)
+    assert petune.attach(tiny(), cls()).name == method
+    att = train(petune.attach(tiny(), cls(), name="pets"))
+    att.save(tmp_path)
+    fresh = tiny()
+    assert petune.load(fresh, tmp_path).method == method
+    assert torch.equal(fresh(X), att.model(X))

@@ -204,3 +204,25 @@ def test_a_loss_term_in_validation_only_is_not_enough() -> None:
     step_then_validate(1)
     with pytest.raises(petune.AttachError, match=r"att\.loss"):
         step_then_validate(2)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
+def test_an_optimizer_may_change_parameters_once_in_a_step() -> None:
+    def steps(max_iter: int) -> None:
+        att = attached("peft:adalora")
+        optimizer = torch.optim.LBFGS(att.parameters(), lr=0.01, max_iter=max_iter)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(att.model(X), Y) + att.loss(step)
+            loss.backward()
+            return loss
+
+        att.on_train_start(8)
+        for step in range(4):
+            optimizer.step(closure)
+            att.on_step_end(step)
+
+    steps(1)
+    with pytest.raises(petune.AttachError, match="LBFGS: max_iter=1"):
+        steps(5)

@@ -265,6 +265,8 @@ def test_each_of_some_parameters_needs_a_mask_also_where_one_is_fixed() -> None:
     masks = [torch.ones_like(p, dtype=torch.bool) for p in (fixed, free, free)]
     with pytest.raises(AttachError, match="3 masks"):
         petune.attach(model, Custom(lambda edit: edit.train([fixed, free], mask=masks)))
+    with pytest.raises(AttachError, match=r"fc1\.weight and no other parameter, but its author fixed it"):
+        petune.attach(model, Custom(lambda edit: edit.train([fixed], mask=masks[:1])))
     with pytest.warns(UserWarning, match="frozen"):
         att = petune.attach(model, Custom(lambda edit: edit.train([fixed, free], mask=masks[:2])))
     assert att.counts.tuned == free.numel()

@@ -251,3 +251,12 @@ def test_a_buffer_that_modules_share_is_saved_once() -> None:
     for block in model.blocks:
         block.register_buffer("table", table)
     assert [key for key in petune.attach(model, "full").state() if "table" in key] == ["blocks.0.table"]
+
+
+def test_after_a_move_to_another_device_all_buffers_are_there() -> None:
+    att = petune.attach(built("swinv2_tiny_window8_256"), "vpt", num_prompts=2)
+    for module in att.model.modules():  # parameters stay, as they do in a move to a GPU
+        module._buffers.update({name: b.to("meta") for name, b in module._buffers.items() if b is not None})
+    for call in (att.disable, att.enable, att.detach):
+        call()
+        assert all(buffer.is_meta for buffer in att.model.buffers())

@@ -259,7 +259,10 @@ class PaddedTable:
 
 
 def _attribute_switch(module: Any, values: dict[str, Any]) -> Switch:
-    """Replace attributes of a module, and remember the originals on it (`REPLACED`)."""
+    """Replace attributes of a module, and remember the originals on it (`REPLACED`).
+
+    What is put in follows the model to another device: only the buffer that the module has is moved with it.
+    """
     originals = {name: getattr(module, name) for name in values}
 
     def switch(on: bool) -> None:
@@ -268,6 +271,7 @@ def _attribute_switch(module: Any, values: dict[str, Any]) -> Switch:
         else:
             module.__dict__.pop(REPLACED, None)
         for name, value in (values if on else originals).items():
-            setattr(module, name, value)
+            is_tensor = isinstance(value, Tensor)
+            setattr(module, name, value.to(getattr(module, name).device) if is_tensor else value)
 
     return switch
