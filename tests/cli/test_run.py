@@ -258,7 +258,7 @@ def test_an_unreachable_hub_is_reported_before_timm_is_imported(tmp_path: Path) 
         " main(['run', '--method', 'adaptformer', '--backbone', 'vit_base', '--dataset', 'digits'])\n"
         "except SystemExit as end:\n print(end.code, 'timm' in sys.modules)"
     )
-    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
     )
