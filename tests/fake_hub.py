@@ -201,6 +201,7 @@ def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, stall_timeo
     """Let petune and huggingface_hub use that address, with short timeouts and a separate cache."""
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # read at import, where it may be set
     for proxy in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
