@@ -195,7 +195,6 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
     of_run = run if isinstance(run, dict) else {}  # anything else is reported by CompareConfig
     if methods:
         values["methods"] = methods
-        of_run.pop("method", None)  # of a run's file
     seed_list = settings.seeds(seeds)
     if seed_list is not None:
         values["seeds"] = seed_list

@@ -32,7 +32,7 @@ class CompareConfig(Config):
             Choose them on validation data.
         baseline: The method that the others are compared with; None takes the best one.
         datasets: Several datasets make a grid, see `petune.compare_datasets`; none takes that of `run`.
-        run: What all runs share; `methods`, `seeds` and `output` say what they do not.
+        run: What all runs share; its method is not used.
         output: The directory; None is `runs/compare-BACKBONE-DATASET`. An existing comparison is continued.
     """
 
@@ -81,10 +81,9 @@ class CompareConfig(Config):
     @field_validator("run")
     @classmethod
     def _named_by_the_comparison(cls, value: RunConfig, info: ValidationInfo) -> RunConfig:
-        for key, names in (("seed", "seeds"), ("method", "methods")):
-            given, listed = getattr(value, key), info.data.get(names)
-            if listed is not None and given not in (RunConfig.model_fields[key].default, *listed):
-                raise ValueError(f"{key} is {given}, and a comparison runs its {names}: {', '.join(map(str, listed))}")
+        seeds = info.data.get("seeds")
+        if seeds is not None and value.seed not in (RunConfig.model_fields["seed"].default, *seeds):
+            raise ValueError(f"seed is {value.seed}, and a comparison runs its seeds: {', '.join(map(str, seeds))}")
         if value.output is not None:
             raise ValueError("output is that of one run. Set the output of the comparison, which places its runs")
         return value

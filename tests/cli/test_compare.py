@@ -202,19 +202,10 @@ def test_the_seed_of_a_file_is_that_of_the_comparison(petune: Run, tiny: Words, 
         assert yaml.safe_load(petune(*words, *more).out)["seeds"] == seeds
 
 
-def test_a_file_with_two_kinds_of_seeds_or_methods_is_refused(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    (tmp_path / "seeds.yaml").write_text("seeds: [0, 1]\nseed: 3\n")
-    assert (
-        "seed is 3, and a comparison runs its seeds: 0, 1"
-        in petune("compare", "linear", *tiny, "--config", "seeds.yaml").err
-    )
-    (tmp_path / "methods.yaml").write_text("methods: [linear]\nmethod: lora\n")
-    assert (
-        "method is lora, and a comparison runs its methods: linear"
-        in petune("compare", *tiny, "--config", "methods.yaml").err
-    )
-    words = ("compare", "bitfit", *tiny, "--config", "methods.yaml", "--dry-run")  # a run's file names another method
-    assert yaml.safe_load(petune(*words).out)["methods"] == ["bitfit"]
+def test_a_file_with_seeds_and_another_seed_is_refused(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seeds: [0, 1]\nseed: 3\n")
+    done = petune("compare", "linear", *tiny, "--config", "a.yaml")
+    assert "seed is 3, and a comparison runs its seeds: 0, 1" in done.err
 
 
 def test_no_method_and_a_method_given_twice_are_refused(petune: Run, tiny: Words) -> None:

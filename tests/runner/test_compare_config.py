@@ -14,7 +14,6 @@ import petune
     ("run", "problem"),
     [
         ({"seed": 3}, "seed is 3, and a comparison runs its seeds: 0"),
-        ({"method": "lora"}, "method is lora, and a comparison runs its methods: linear, vpt"),
         ({"output": Path("there")}, "Set the output of the comparison"),
     ],
 )
@@ -24,6 +23,6 @@ def test_what_a_comparison_says_for_each_run_is_not_an_option_of_all(run: dict[s
         petune.compare(methods=("linear", "vpt"), run=run)
 
 
-def test_a_seed_and_a_method_of_the_comparison_may_be_named_twice() -> None:
-    config = petune.CompareConfig(methods=("linear", "vpt"), seeds=(2, 3), run={"seed": 3, "method": "vpt"})
+def test_a_run_of_the_comparison_may_be_what_all_share() -> None:
+    config = petune.CompareConfig.build({"methods": ("linear", "vpt"), "seeds": (2, 3), "run": {"seed": 3}})
     assert [run.seed for run in config.runs()] == [2, 3, 2, 3]
