@@ -26,13 +26,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from result_files import write_json
+from result_files import speed_folder, write_json
 from speed_peers import CPU, SIZES, petune_step
 
 from petune.base.files import replace_file
 from petune.runner.provenance import PeakMemory, provenance
 
-ROOT = Path(__file__).parents[1]
 ALL = "all"
 
 
@@ -69,8 +68,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.size, options.choices, options.rounds = "toy", ["last:1"], 2
-    folder = Path("runs") / "speed_quick" if options.quick else Path("benchmarks") / "results" / "speed"
-    options.output = options.output or ROOT / folder
+    options.output = options.output or speed_folder(options.quick)
     return options
 
 

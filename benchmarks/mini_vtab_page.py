@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.stats import friedmanchisquare, studentized_range
 
+from petune.base.files import replace_file
 from petune.base.text import plural
+from petune.runner.conclusion import listed
 from petune.runner.report.plots import INK, draw, to_file
 
 if TYPE_CHECKING:
@@ -134,9 +136,9 @@ def section(pieces: Sequence[str], results: Results) -> list[str]:
         "Top-1 on test in percent, means over the seeds. The time of a step is relative to AdaptFormer's, measured in "
         "turns on an idle machine (benchmarks/speed.py); a linear probe trains faster, as its features are kept."
     )
-    left_out = [f"`{method}` (no complete {_listed(lacks)})" for method, lacks in missing.items() if lacks]
+    left_out = [f"`{method}` (no complete {listed(lacks)})" for method, lacks in missing.items() if lacks]
     note += (
-        f" Left out, because not all seeds of all datasets have been measured: {_listed(left_out)}." if left_out else ""
+        f" Left out, because not all seeds of all datasets have been measured: {listed(left_out)}." if left_out else ""
     )
     figure = f"![Top-1 of each method on each dataset, and mean ranks](../benchmarks/results/{FIGURE.name})"
     return [" ".join(sentences(table)), "", figure, "", *lines, "", note, ""]
@@ -192,7 +194,7 @@ def write_figure(pieces: Sequence[str], results: Results) -> None:
     """Write the figure, if everything for it has been measured."""
     table = read_table(pieces, results)
     if table is not None:
-        FIGURE.write_bytes(figure(table))
+        replace_file(FIGURE, figure(table))
 
 
 def _draw_heat(axes: Axes, table: Table) -> None:
@@ -236,8 +238,4 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _names(methods: Sequence[str]) -> str:
-    return _listed([f"`{method}`" for method in methods])
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" and {names[-1]}"
+    return listed([f"`{method}`" for method in methods])

@@ -8,6 +8,13 @@ from typing import Any
 
 from petune.base.files import replace_file
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def speed_folder(is_trial: bool) -> Path:
+    """Return the folder of measured steps, or that of trials."""
+    return ROOT / "runs" / "speed_quick" if is_trial else ROOT / "benchmarks" / "results" / "speed"
+
 
 def write_json(file: Path, values: Any) -> None:
     """Write `values` to `file`, which a kill leaves as it was; its folder is created."""

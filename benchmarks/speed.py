@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_files import need_same_size, write_json
+from result_files import need_same_size, speed_folder, write_json
 from speed_peers import CPU, EXTRA, PEERS, SIZES, Size, methods_of, petune_step, trainer_of
 from torch.nn import functional as F
 
@@ -42,7 +42,6 @@ from petune.runner.provenance import provenance
 from petune.training.evaluate import evaluate
 from petune.training.precision import choose_precision
 
-ROOT = Path(__file__).parents[1]
 PETUNE, HAND_WRITTEN, INJECTED = "petune adaptformer", "hand-written, bare loop", "injected, bare loop"
 MEMORY = ("adaptformer", "adaptformer, grad_checkpointing", "full, fp32", "full, petune's precision")
 
@@ -95,8 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/speed; with --quick runs/speed_quick")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    folder = Path("runs") / "speed_quick" if options.quick else Path("benchmarks") / "results" / "speed"
-    options.output = options.output or ROOT / folder
+    options.output = options.output or speed_folder(options.quick)
     return options
 
 

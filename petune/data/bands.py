@@ -86,7 +86,8 @@ def stored_form(shape: tuple[int, ...], dtype: np.dtype[Any], is_first: bool | N
         shape, dtype: Of the array.
         is_first: See `channels_last`.
     """
-    channels = _channel_count(shape, is_first)
+    axis = _channel_axis(shape, is_first)
+    channels = 1 if axis is None else shape[axis]
     stored = _stored_type(dtype)
     as_rgb = (stored == "uint8" and channels in {1, 3}) or (stored == "uint16" and channels == 1)
     return RGB if as_rgb else ImageForm(channels, stored)
@@ -99,13 +100,13 @@ def _stored_type(dtype: np.dtype[Any]) -> str:
     return str(dtype) if dtype in (np.uint8, np.uint16) else "float32"
 
 
-def _channel_count(shape: tuple[int, ...], is_first: bool | None) -> int:
-    """Return C of (H, W), (H, W, C) or (C, H, W)."""
+def _channel_axis(shape: tuple[int, ...], is_first: bool | None) -> int | None:
+    """Return the axis of the channels of (H, W, C) or (C, H, W); None for (H, W)."""
     if len(shape) == 2 and min(shape) > 0:
-        return 1
+        return None
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"an array of shape {shape} is no image; images are (H, W), (H, W, C) or (C, H, W)")
-    return shape[0 if (is_channels_first(shape) if is_first is None else is_first) else 2]
+    return 0 if (is_channels_first(shape) if is_first is None else is_first) else 2
 
 
 def is_channels_first(shape: tuple[int, ...]) -> bool:
@@ -125,9 +126,6 @@ def channels_last(array: NDArray[Any], is_first: bool | None = None) -> NDArray[
     Raises:
         ValueError: The array is no image.
     """
-    _channel_count(array.shape, is_first)  # checks the shape
-    if array.ndim == 2:
-        array = array[..., None]
-    elif is_channels_first(array.shape) if is_first is None else is_first:
-        array = array.transpose(1, 2, 0)
+    axis = _channel_axis(array.shape, is_first)
+    array = array[..., None] if axis is None else np.moveaxis(array, axis, -1)
     return array.astype(_stored_type(array.dtype), copy=False)

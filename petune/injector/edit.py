@@ -200,13 +200,14 @@ class Edit:
         given, fixed = parameters, {id(p) for p in self._state.fixed}
         parameters = [p for p in given if id(p) not in fixed]
         self._log.left_fixed += [p for p in given if id(p) in fixed]
+        placer = SparsePlacer(self._placer)
         if mask is not None:
             if given and not parameters:
-                SparsePlacer(self._placer).refuse_fixed(given)
+                placer.refuse_fixed(given)
             if len(parameters) < len(given) == len(mask):
                 mask = [entries for p, entries in zip(given, mask, strict=True) if id(p) not in fixed]
-            return SparsePlacer(self._placer).train_entries(parameters, mask)
-        SparsePlacer(self._placer).refuse_trained(parameters)
+            return placer.train_entries(parameters, mask)
+        placer.refuse_trained(parameters)
         own = [p for p in parameters if id(p) not in self._layers.others]
         self._log.train_modules += modules
         self._log.unfrozen += own

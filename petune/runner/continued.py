@@ -81,7 +81,7 @@ def _check_one_division(from_run: Path, saved: SavedAdapter) -> None:
     Raises:
         ConfigError: They had other folds, or other fractions of val.
     """
-    recorded = read_split_options(saved.config["metadata"], run_dir_of(saved.path, saved.config["metadata"]))
+    recorded = read_split_options(saved.config["metadata"], None)  # an average has no run directory
     different = [key for key in ("fold", "folds", "val_fraction") if recorded is not None and key not in recorded]
     if different:
         raise ConfigError(

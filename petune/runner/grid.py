@@ -136,8 +136,11 @@ class Grid(Config):
         sentences = ["On test: mean ± sample standard deviation over the seeds; * marks the best of a dataset."]
         is_tied = any("tied" in column.standing.values() for column in self.columns)
         sentences += ["~ marks those that cannot be told apart from it."] if is_tied else []
-        is_ranked = [self.mean_rank(method) is not None for method in self.methods]
-        sentences += [] if all(is_ranked) else ["Ranks are those among the methods that every dataset has."]
+        sentences += (
+            []
+            if all(map(self._is_complete, self.methods))
+            else ["Ranks are those among the methods that every dataset has."]
+        )
         sentences += [f"In percent: {', '.join(percent)}."] if percent else []
         sentences += [f"Lower is better: {', '.join(lower)}."] if lower else []
         sentences += [] if self.has_means else ["Tasks or metrics differ, so only ranks are averaged."]

@@ -96,12 +96,12 @@ class ResumableState:
                 "the checkpoint is of another model, method or dataset, or the library of the model has renamed its "
                 "modules since. Install the version that the run was started with, or use another run directory"
             )
-        copy_tensors(checkpoint.tensors, tensors)
         if _group_sizes(self.optimizer.state_dict()) != _group_sizes(checkpoint.optimizer):
             raise CheckpointError(
                 "the run was started with a petune that applied weight decay to other parameters. Install that one, "
                 "or use another run directory"
             )
+        copy_tensors(checkpoint.tensors, tensors)
         self.best = {key: tensor.to(tensors[key].device) for key, tensor in checkpoint.best.items()}
         self.average.load(checkpoint.average)
         self.optimizer.load_state_dict(checkpoint.optimizer)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,13 +133,18 @@ def test_loaded_entries_are_others_than_those_attached_and_leave_nothing(tmp_pat
     assert all(torch.equal(p, q) for p, q in zip(again.model.parameters(), base.parameters(), strict=True))
 
 
-def test_a_state_dict_brings_other_entries_and_detach_still_gives_the_backbone_back() -> None:
-    model, base = tiny(), tiny()
+def trained_with_other_entries() -> tuple[Any, Tensor, dict[str, Tensor]]:
+    """A model that trained other entries than `attached` chooses, its output and its state_dict."""
+    model = tiny()
     att = attached(model)
     for entries in att.edit_log.sparse:
         entries.choose([mask.flip(0) for mask in entries.masks()])
     train(att, torch.optim.AdamW(att.parameters(), lr=0.05))
-    trained, state = model(X), copy.deepcopy(model.state_dict())
+    return model, model(X), copy.deepcopy(model.state_dict())
+
+
+def test_a_state_dict_brings_other_entries_and_detach_still_gives_the_backbone_back() -> None:
+    base, (_, trained, state) = tiny(), trained_with_other_entries()
     other = tiny()
     again = attached(other)
     other.load_state_dict(state)
@@ -274,12 +280,7 @@ def test_each_of_some_parameters_needs_a_mask_also_where_one_is_fixed() -> None:
 
 @pytest.mark.parametrize("disabled", [False, True])
 def test_a_state_dict_that_is_loaded_is_known_to_hold_trained_values(disabled: bool) -> None:
-    model, base = tiny(), tiny()
-    att = attached(model)
-    for entries in att.edit_log.sparse:
-        entries.choose([mask.flip(0) for mask in entries.masks()])
-    train(att, torch.optim.AdamW(att.parameters(), lr=0.05))
-    trained, state = model(X), copy.deepcopy(model.state_dict())
+    base, (model, trained, state) = tiny(), trained_with_other_entries()
     other = tiny()
     again = attached(other)
     with again.disabled() if disabled else contextlib.nullcontext():
